@@ -1,0 +1,22 @@
+"""Lightning callbacks: thin; they observe, log and store. The metric callbacks look only at a module's Probe."""
+
+from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, Rows, RowSink
+from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
+from svf_lightning.callbacks.progress import StepProgress
+from svf_lightning.callbacks.run_summary import RunSummary
+from svf_lightning.callbacks.svd_alignment import SVDAlignment
+from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
+
+__all__ = [
+    "Capture",
+    "FeatureOrthogonality",
+    "Measured",
+    "Measurement",
+    "ProbeMetric",
+    "RowSink",
+    "Rows",
+    "RunSummary",
+    "SVDAlignment",
+    "StepProgress",
+    "TrajectoryWriter",
+]

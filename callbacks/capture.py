@@ -1,0 +1,378 @@
+"""Capture: takes probes on schedule, has the metric callbacks measure them, and hands the rows on.
+
+A row stands for one training step t: the weights after t updates, and the losses of these weights on the draw of step
+t. Taking a probe costs a few copies. Probes are measured in chunks, all steps of a chunk in one batched call, by one
+worker thread off the training path; so are the writing and the logging. Chunks are cut by their number of rows and at
+checkpoints alone, never by the clock.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from svf_lightning.errors import DivergedError, InputError, bad_value
+from svf_lightning.metrics import InstanceMean
+from svf_lightning.probe import Probe, Probed
+
+_CHUNKS_IN_FLIGHT = 2
+_LOSS_PREFIX = "loss/"
+
+
+class Measured(NamedTuple):
+    """A measured quantity with dimensions of its own, after those of the probe: values [..., *dims]."""
+
+    values: Tensor
+    dims: tuple[str, ...]
+
+
+Measurement = Mapping[str, Tensor | Measured]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """K captured steps, measured, on the CPU."""
+
+    steps: np.ndarray  # int64 [K]
+    values: dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> (dimensions after "step", array [K, ...])
+    batch_dims: tuple[str, ...]  # the probe's own, e.g. ("instance",)
+    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, np.ndarray]:
+        """The quantities with no dimensions but the probe's: arrays [K, *batch]."""
+        return {name: values for name, (dims, values) in self.values.items() if dims == self.batch_dims}
+
+
+class ProbeMetric(Callback, ABC):
+    """A callback that measures probes. Subclasses say what; :class:`Capture` says when, logs it and stores it.
+
+    Looks at the probe alone, so it works on any module that has one.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that there is something to look at, and someone to say when.
+
+        Raises:
+            InputError: The module has no ``probe()``.
+        """
+        if not isinstance(pl_module, Probed):
+            raise InputError(
+                f"{type(self).__name__} looks at the probe of a module, and {type(pl_module).__name__} has none. "
+                "Fix: give it a method probe() -> svf_lightning.probe.Probe."
+            )
+        Capture.of(trainer)
+
+    @abstractmethod
+    def measure(self, probe: Probe) -> Measurement:
+        """Measure a probe whose leading dimensions are ("step", *batch).
+
+        Must not draw from the global random generators, nor change the probe.
+
+        Returns:
+            By name: values with the probe's leading dimensions, or :class:`Measured` with further named ones.
+        """
+
+
+class RowSink(Callback, ABC):
+    """A callback that takes measured rows, in order, on the worker thread."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that someone hands rows on."""
+        Capture.of(trainer)
+
+    @abstractmethod
+    def consume(self, rows: Rows) -> None:
+        """Take one chunk of rows; every row is whole."""
+
+
+class _Pending:
+    """The row that is being observed: its probe, and the losses that arrive for it."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.losses: dict[str, Tensor] = {}
+        self._means: dict[str, InstanceMean] = {}
+
+    def set_losses(self, outputs: Any) -> None:
+        if isinstance(outputs, Mapping):
+            self.losses = {k: v.detach() for k, v in outputs.items() if k.startswith(_LOSS_PREFIX)}
+
+    def average_losses(self, outputs: Any) -> None:
+        """Evaluation: several batches may look at the same weights."""
+        for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
+            if name.startswith(_LOSS_PREFIX):
+                mean = self._means.setdefault(name, InstanceMean(tuple(value.shape)).to(value.device))
+                mean.update(value)
+                self.losses[name] = mean.compute().to(value.dtype)
+
+
+class Capture(Callback):
+    """Drives the metric callbacks of a run; there is one per trainer (added with its defaults if not given).
+
+    The first step and the last one are always captured.
+
+    Args:
+        every_n_steps: Capture every n-th training step.
+        log_spaced: Capture about this many steps per factor of ten instead (0: off).
+        chunk: Rows that are measured and written together.
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    def __init__(self, every_n_steps: int = 1, log_spaced: int = 0, chunk: int = 128) -> None:
+        for name, value, low in (("every_n_steps", every_n_steps, 1), ("log_spaced", log_spaced, 0), ("chunk", chunk, 1)):
+            if value < low:
+                raise bad_value(name, value, f"an integer >= {low}", "change the Capture callback")
+        self.every_n_steps, self.log_spaced, self.chunk = every_n_steps, log_spaced, chunk
+        self.last: Rows | None = None
+        self._metrics: list[ProbeMetric] = []
+        self._sinks: list[RowSink] = []
+        self._pending: _Pending | None = None
+        self._buffer: list[_Pending] = []
+        self._futures: deque[Future[Rows]] = deque()
+        self._worker: ThreadPoolExecutor | None = None
+        self._diverged: set[tuple[int, ...]] = set()
+
+    @staticmethod
+    def of(trainer: Trainer) -> Capture:
+        """The trainer's Capture; one with default options joins its callbacks if there is none."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, Capture):
+                return callback
+        capture = Capture()
+        # before the checkpoint callbacks, so that a row is whole when a checkpoint is written
+        at = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(at, capture)
+        return capture
+
+    def is_scheduled(self, step: int) -> bool:
+        """True if the schedule captures this training step."""
+        if self.log_spaced:
+            # a step is captured if the grid 10^(k / n) has a point in (step - 1, step]
+            return step == 0 or _grid_index(step, self.log_spaced) != _grid_index(step - 1, self.log_spaced)
+        return step % self.every_n_steps == 0
+
+    # ---- hooks: training -------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find who measures and who listens."""
+        self._open(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the probe of this step, before the update."""
+        if self.is_scheduled(trainer.global_step):
+            self._pending = self._observe(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Complete the row with the losses that the update came from."""
+        if self._pending is not None:
+            self._pending.set_losses(outputs)
+            self._commit(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rows before a checkpoint are on disk before the checkpoint is."""
+        self.flush(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Capture the final weights, and finish."""
+        if self._worker is None:
+            return
+        self._pending = self._observe(pl_module)
+        current_losses = getattr(pl_module, "current_losses", None)
+        if callable(current_losses):
+            self._pending.set_losses(current_losses())
+        self._commit(trainer, pl_module)
+        self.close(trainer)
+
+    # ---- hooks: evaluation -----------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find who measures and who listens (stand-alone validation only)."""
+        if trainer.state.fn == "validate":
+            self._open(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find who measures and who listens."""
+        self._open(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """As for a test batch, in stand-alone validation."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """One row for each step that the module's probe stands for; batches of one step share a row."""
+        step = int(pl_module.probe().step)  # type: ignore[operator]
+        if self._pending is None or int(self._pending.probe.step) != step:
+            self._commit(trainer, pl_module)
+            self._pending = self._observe(pl_module)
+        self._pending.average_losses(outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish (stand-alone validation only)."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self._commit(trainer, pl_module)
+        self.close(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the rows that are whole; the pending one is not."""
+        self._pending = None
+        try:
+            self.close(trainer)
+        except Exception as error:  # the first exception is the one to report
+            print(f"svf-lightning: the last rows were lost: {error}", file=sys.stderr)  # noqa: T201
+
+    # ---- the mechanism ---------------------------------------------------------------------------------------------
+
+    def flush(self, trainer: Trainer) -> None:
+        """Measure, write and log the rows so far, and wait for it."""
+        self._submit(trainer)
+        while self._futures:
+            self._futures.popleft().result()
+
+    def close(self, trainer: Trainer) -> None:
+        """Flush, and end the worker; does nothing the second time."""
+        if self._worker is None:
+            return
+        try:
+            self.flush(trainer)
+        finally:
+            self._futures.clear()
+            self._worker.shutdown()
+            self._worker = None
+
+    def _open(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._metrics = [c for c in callbacks if isinstance(c, ProbeMetric)]
+        self._sinks = [c for c in callbacks if isinstance(c, RowSink)]
+        self._pending, self._buffer, self._diverged = None, [], set()
+        # One thread for the worker's tensor operations: a second team of OpenMP threads would fight with the first.
+        # set_num_threads also sets the default of threads yet to come, hence the second call.
+        n_threads = torch.get_num_threads()
+        self._worker = ThreadPoolExecutor(1, "svf-capture", initializer=lambda: torch.set_num_threads(1))
+        self._worker.submit(int).result()
+        torch.set_num_threads(n_threads)
+
+    @torch.no_grad()
+    def _observe(self, pl_module: LightningModule) -> _Pending:
+        return _Pending(pl_module.probe().snapshot())  # type: ignore[operator]
+
+    def _commit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pending is None:
+            return
+        self._buffer.append(self._pending)
+        self._pending = None
+        if len(self._buffer) >= self.chunk:
+            self._submit(trainer)
+        if self._futures and self._futures[0].done():
+            self._futures.popleft().result()  # raises what the worker raised
+            if trainer.training:  # for progress bars, and for callbacks that monitor a metric
+                pl_module.log_dict(self.latest_means(), logger=False)
+
+    def _submit(self, trainer: Trainer) -> None:
+        if not self._buffer or self._worker is None:
+            return
+        chunk, self._buffer = self._buffer, []
+        while len(self._futures) >= _CHUNKS_IN_FLIGHT:  # memory stays flat if the worker is slower than the training
+            self._futures.popleft().result()
+        self._futures.append(self._worker.submit(self._process, chunk, trainer))
+
+    @torch.inference_mode()
+    def _process(self, chunk: list[_Pending], trainer: Trainer) -> Rows:
+        rows = self._measure(chunk)
+        for sink in self._sinks:
+            sink.consume(rows)
+        self.last = rows
+        self._log(rows, trainer)
+        self._check_finite(rows)
+        return rows
+
+    def _measure(self, chunk: list[_Pending]) -> Rows:
+        probe = Probe.stack([pending.probe for pending in chunk])
+        found: dict[str, Tensor | Measured] = {}
+        for name in sorted({name for pending in chunk for name in pending.losses}):
+            present = next(p.losses[name] for p in chunk if name in p.losses)
+            missing = torch.full_like(present, torch.nan)
+            found[name] = torch.stack([p.losses.get(name, missing) for p in chunk])
+        for metric in self._metrics:
+            for name, value in metric.measure(probe).items():
+                if name in found:
+                    raise InputError(f"two callbacks measure {name!r}. Fix: rename it in {type(metric).__name__}.")
+                found[name] = value
+        batch = probe.batch_dims[1:]
+        values = {}
+        for name, value in found.items():
+            dims, tensor = (batch + value.dims, value.values) if isinstance(value, Measured) else (batch, value)
+            values[name] = (dims, tensor.cpu().numpy())
+        coords = {
+            name: (dims, v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v))
+            for name, (dims, v) in probe.coords.items()
+        }
+        return Rows(np.asarray(probe.step), values, batch, coords)
+
+    def _log(self, rows: Rows, trainer: Trainer) -> None:
+        """One dictionary per logged step: mean over the batch dimensions, and min and max beside it."""
+        if not trainer.loggers:
+            return
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        last = trainer.max_steps if trainer.state.fn == "fit" else rows.steps[-1]
+        picked = [k for k, step in enumerate(rows.steps) if step % every == 0 or step == last]
+        columns: dict[str, np.ndarray] = {}
+        for name, values in rows.scalars().items():
+            flat = values[picked].reshape(len(picked), -1)
+            columns |= {name: flat.mean(1), f"{name}/min": flat.min(1), f"{name}/max": flat.max(1)}
+        for row, k in enumerate(picked):
+            metrics = {name: float(column[row]) for name, column in columns.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=int(rows.steps[k]))
+
+    def _check_finite(self, rows: Rows) -> None:
+        total = rows.scalars().get("loss/total")
+        if total is None:
+            return
+        bad = ~np.isfinite(total)
+        for where in zip(*np.nonzero(bad.any(0)), strict=True):
+            if where not in self._diverged:
+                self._diverged.add(where)
+                step = rows.steps[bad[(slice(None), *where)].argmax()]
+                label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=True))
+                print(f"svf-lightning: {label} diverged: loss/total is not finite at step {step}", file=sys.stderr)  # noqa: T201
+        if bad[-1].all():
+            raise DivergedError(f"every instance diverged by step {rows.steps[-1]}: lower the learning rate")
+
+    def latest_means(self) -> dict[str, float]:
+        """Mean over the batch dimensions of every scalar, at the last measured step."""
+        if self.last is None:
+            return {}
+        return {name: float(values[-1].mean()) for name, values in self.last.scalars().items()}
+
+
+def _grid_index(step: int, per_decade: int) -> int:
+    """Number of points of the grid 10^(k / per_decade), k >= 0, that are <= step."""
+    if step < 1:
+        return 0
+    k = int(np.floor(per_decade * np.log10(step) + 1e-9))
+    return k + 1

@@ -1,0 +1,46 @@
+"""FeatureOrthogonality: how the features of a module lie to each other."""
+
+from __future__ import annotations
+
+import torch
+
+from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
+from svf_lightning.metrics import attended_vs_rest, feature_dimensionality, gram, interference
+from svf_lightning.probe import Probe
+
+
+class FeatureOrthogonality(ProbeMetric):
+    """Measures the geometry of the features (method, section 3).
+
+    Per instance, unitless:
+        orthogonality/attended_vs_rest (with target pairs), orthogonality/rest_vs_rest: mean |cosine|;
+        orthogonality/interference: ||E_X||_2; orthogonality/dimensionality: mean over features of Elhage's D_i;
+        orthogonality/antipodal: mean over features of minus their most negative cosine (1: all have an antipode).
+
+    Arrays: W [d_model, feature]; gram [feature, feature_2] (signed cosines); dimensionality [feature].
+    """
+
+    def measure(self, probe: Probe) -> Measurement:
+        """See the class for the names; nothing without features."""
+        W = probe.features
+        if W is None:
+            return {}
+        G = gram(W)
+        attended = torch.zeros(W.shape[-1], dtype=torch.bool, device=W.device)
+        attended[probe.pairs.flatten()] = True
+        between, inside = attended_vs_rest(G, attended)
+        dimensionality = feature_dimensionality(W)
+        n_rest = int((~attended).sum())
+        found: dict[str, torch.Tensor | Measured] = {
+            "orthogonality/interference": interference(W),
+            "orthogonality/dimensionality": dimensionality.mean(-1),
+            "orthogonality/antipodal": -G.amin(-1).mean(-1),
+            "W": Measured(W, ("d_model", "feature")),
+            "gram": Measured(G, ("feature", "feature_2")),
+            "dimensionality": Measured(dimensionality, ("feature",)),
+        }
+        if n_rest >= 2:
+            found["orthogonality/rest_vs_rest"] = inside
+        if 0 < n_rest < W.shape[-1]:
+            found["orthogonality/attended_vs_rest"] = between
+        return found

@@ -1,0 +1,182 @@
+"""RunSummary: summary.json, the verdict on the preset's claims, and the closing table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from svf_lightning.callbacks.capture import Capture
+from svf_lightning.claims import Claim, Verdict, judge
+from svf_lightning.errors import InputError
+from svf_lightning.metrics import time_of_change
+from svf_lightning.run_dir import SUMMARY, versions, write_json
+from svf_lightning.trajectory import open_trajectory
+
+# what happens when (method, section 3), by the metric whose change is timed
+_DYNAMICS = {
+    "dynamics/t_align": "alignment/matched",
+    "dynamics/t_ortho": "orthogonality/attended_vs_rest",
+}
+_IN_TABLE = (
+    "loss/total",
+    "spectrum/sigma_1",
+    "spectrum/sigma_ratio",
+    "spectrum/target_spearman",
+    "alignment/matched",
+    "alignment/matched_min",
+    "alignment/subspace",
+    "alignment/logit_fidelity",
+    "orthogonality/attended_vs_rest",
+    "orthogonality/rest_vs_rest",
+    "orthogonality/dimensionality",
+    "orthogonality/antipodal",
+    *_DYNAMICS,
+)
+
+
+class RunSummary(Callback):
+    """Writes ``summary.json`` into the run directory and prints the closing table, however the run ends.
+
+    Final values are those of the last captured step. ``dynamics/t_align`` and ``dynamics/t_ortho`` (training steps, see
+    :func:`svf_lightning.metrics.time_of_change`) come from the trajectory, so they are right after a resume too; they
+    are missing without a TrajectoryWriter, and null where nothing changed.
+
+    Args:
+        experiment: Name of the experiment.
+        claims: What the paper says, to be computed from this run.
+        run_dir: Directory of the summary; null for the trainer's default_root_dir.
+    """
+
+    def __init__(self, experiment: str = "", claims: list[Claim] | None = None, run_dir: str | None = None) -> None:
+        self.experiment, self.claims, self.run_dir = experiment, claims or [], run_dir
+        self.verdicts: list[Verdict] = []
+        self._start = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock."""
+        Capture.of(trainer)
+        self._start = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Summarize a training."""
+        Capture.of(trainer).on_train_end(trainer, pl_module)  # whatever the order of the callbacks; once
+        self._write(trainer, "finished")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Summarize an evaluation."""
+        Capture.of(trainer).on_test_end(trainer, pl_module)
+        self._write(trainer, "finished")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Summarize an evaluation (stand-alone validation only)."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Summarize what there is."""
+        capture = Capture.of(trainer)
+        capture.on_exception(trainer, pl_module, exception)
+        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if capture.last is not None:  # otherwise the run never began
+            self._write(trainer, "interrupted" if stopped else "failed")
+
+    def _write(self, trainer: Trainer, status: str) -> None:
+        metrics = self._final_metrics(trainer)
+        self.verdicts = [judge(claim, metrics) for claim in self.claims]
+        run_dir = Path(self.run_dir or trainer.default_root_dir)
+        last = Capture.of(trainer).last
+        summary = {
+            "experiment": self.experiment,
+            "status": status,
+            "steps": int(last.steps[-1]) if last is not None else 0,
+            "seconds": round(time.monotonic() - self._start, 3),
+            "versions": versions(),
+            "metrics": {name: _statistics(values) for name, values in sorted(metrics.items())},
+            "claims": [verdict.as_dict() for verdict in self.verdicts],
+        }
+        write_json(run_dir / SUMMARY, summary)
+        dynamics = {
+            key: value
+            for name in _DYNAMICS
+            if name in metrics
+            for key, value in ((name, np.mean(metrics[name])), (f"{name}/min", np.min(metrics[name])),
+                               (f"{name}/max", np.max(metrics[name])))
+        }  # fmt: skip
+        if dynamics:
+            for logger in trainer.loggers:
+                logger.log_metrics({k: float(v) for k, v in dynamics.items()}, step=summary["steps"])  # type: ignore[arg-type]
+        self._print(trainer, status, metrics, summary)
+
+    def _final_metrics(self, trainer: Trainer) -> dict[str, np.ndarray]:
+        capture = Capture.of(trainer)
+        if capture.last is None:
+            return {}
+        metrics = {name: values[-1].reshape(-1) for name, values in capture.last.scalars().items()}
+        if trainer.state.fn != "fit":
+            return metrics
+        try:
+            trajectory = open_trajectory(self.run_dir or trainer.default_root_dir)
+        except InputError:  # no TrajectoryWriter
+            return metrics
+        steps = torch.tensor(trajectory["step"].values)
+        for name, source in _DYNAMICS.items():
+            if source in trajectory:
+                series = torch.tensor(trajectory[source].values).reshape(len(steps), -1)
+                metrics[name] = time_of_change(series, steps).numpy()
+        return metrics
+
+    def _print(self, trainer: Trainer, status: str, metrics: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        n = max((len(v) for v in metrics.values()), default=0)
+        table = Table(title=f"{self.experiment}: {status} at step {summary['steps']:,}", title_justify="left")
+        table.add_column("metric", no_wrap=True)
+        for column in ("mean", "min", "max") if n > 1 else ("value",):
+            table.add_column(column, justify="right")
+        for name in _IN_TABLE:
+            if name in metrics:
+                values = metrics[name]
+                shown = (np.mean(values), np.min(values), np.max(values)) if n > 1 else (values[0],)
+                table.add_row(name, *(_number(v) for v in shown))
+        console.print(table)
+        if n > 1:
+            console.print(Text(f"mean, min and max over {n} instances"), style="dim")
+        if not self.verdicts:
+            return
+        claims = Table(title="What the paper claims, and what this run measured", title_justify="left")
+        claims.add_column("claim")
+        claims.add_column("paper", no_wrap=True)
+        claims.add_column("measured", justify="right", no_wrap=True)
+        claims.add_column("needed", no_wrap=True)
+        claims.add_column("holds", no_wrap=True)
+        for v in self.verdicts:
+            holds = Text("yes", style="green") if v.holds else Text("NO", style="bold red")
+            measured = "not measured" if v.measured is None else _number(v.measured)
+            claims.add_row(Text(v.claim), Text(v.figure), measured, Text(v.needed), holds)
+        console.print(claims)
+
+
+def _statistics(values: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": float(np.mean(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "per_instance": [float(v) for v in values],
+    }
+
+
+def _number(value: float) -> str:
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 10 else f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""SVDAlignment: how the singular vectors of the heads align with the features."""
+
+from __future__ import annotations
+
+from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
+from svf_lightning.errors import bad_value
+from svf_lightning.metrics import (
+    align_pairs,
+    cosine_matrix,
+    logit_fidelity,
+    n_significant,
+    sigma_ratio,
+    spearman,
+    stable_rank,
+)
+from svf_lightning.probe import Probe
+
+
+class SVDAlignment(ProbeMetric):
+    """Measures the head's spectrum, and its singular vectors against the features.
+
+    Per instance (or layer and head), unitless:
+        spectrum/sigma_1, spectrum/sigma_2, spectrum/sigma_ratio (sigma_2 / sigma_1), spectrum/n_significant,
+        spectrum/stable_rank; with features and target pairs also alignment/left, alignment/right (mean cosine of the
+        matched pairs), alignment/matched (mean of the two), alignment/matched_min (weakest pair),
+        alignment/subspace, alignment/logit_fidelity; with three pairs or more spectrum/target_spearman.
+
+    Arrays: singular_values [rank]; cosine_left, cosine_right [feature, rank] (absolute cosines); pair/left,
+    pair/right, pair/sigma, pair/index, pair/logit [pair].
+
+    Args:
+        relative_gap: Singular values within this fraction of the matched one count as one block, in [0, 1).
+        significant: n_significant counts singular values above this fraction of the largest, in (0, 1).
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    def __init__(self, relative_gap: float = 0.1, significant: float = 0.05) -> None:
+        for name, value in (("relative_gap", relative_gap), ("significant", significant)):
+            if not 0 <= value < 1:
+                raise bad_value(name, value, "a fraction in [0, 1)", "change the SVDAlignment callback")
+        self.relative_gap, self.significant = relative_gap, significant
+
+    def measure(self, probe: Probe) -> Measurement:
+        """One verified SVD of all heads; see the class for the names."""
+        if probe.heads is None:
+            return {}
+        svd = probe.heads.svd()
+        S = svd.S
+        spectrum: Measurement = {
+            "spectrum/sigma_1": S[..., 0],
+            "spectrum/sigma_ratio": sigma_ratio(S),
+            "spectrum/n_significant": n_significant(S, self.significant).to(S.dtype),
+            "spectrum/stable_rank": stable_rank(S),
+            "singular_values": Measured(S, ("rank",)),
+        }
+        if S.shape[-1] > 1:
+            spectrum = {**spectrum, "spectrum/sigma_2": S[..., 1]}
+        if probe.features is None:
+            return spectrum
+        left, right = cosine_matrix(probe.features, svd.U), cosine_matrix(probe.features, svd.V)
+        cosines: Measurement = {
+            "cosine_left": Measured(left, ("feature", "rank")),
+            "cosine_right": Measured(right, ("feature", "rank")),
+        }
+        if probe.pair_logits is None or len(probe.pairs) == 0:
+            return {**spectrum, **cosines}
+        found = align_pairs(left, right, S, probe.pairs, relative_gap=self.relative_gap)
+        matched = (found.left + found.right) / 2
+        query, key = (probe.features[..., probe.pairs[:, side]] for side in (0, 1))
+        logit = probe.heads.bilinear(query, key)
+        alignment: Measurement = {
+            "alignment/left": found.left.mean(-1),
+            "alignment/right": found.right.mean(-1),
+            "alignment/matched": matched.mean(-1),
+            "alignment/matched_min": matched.amin(-1),
+            "alignment/subspace": (found.subspace_left + found.subspace_right).mean(-1) / 2,
+            "alignment/logit_fidelity": logit_fidelity(logit, probe.pair_logits),
+            "pair/left": Measured(found.left, ("pair",)),
+            "pair/right": Measured(found.right, ("pair",)),
+            "pair/sigma": Measured(found.sigma, ("pair",)),
+            "pair/index": Measured(found.index, ("pair",)),
+            "pair/logit": Measured(logit, ("pair",)),
+        }
+        if len(probe.pairs) >= 3:
+            alignment = {**alignment, "spectrum/target_spearman": spearman(found.sigma, probe.pair_logits)}
+        return {**spectrum, **cosines, **alignment}

@@ -1,0 +1,295 @@
+"""The command line: ``python -m svf_lightning fit | validate | test``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from svf_lightning import __version__
+from svf_lightning.claims import Claim
+from svf_lightning.errors import DivergedError, InputError, bad_value, closest
+from svf_lightning.run_dir import CONFIG, check_free, new_run_dir, owner_of, write_text
+from svf_lightning.toy import ToyAttentionModel, ToyData
+from svf_lightning.toy.model import check_state_fits
+from svf_lightning.trajectory import FILE_NAME
+from svf_lightning.wandb_logger import RunLogger
+
+DEFAULT_PRESET = "single_pair"
+_DEFAULTS = "defaults"
+_RUNS = Path("runs")
+_BAD_INPUT = 2
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+@dataclass
+class Experiment:
+    """What a run is about.
+
+    Args:
+        name: Name of the experiment: runs/<name>/, and the W&B group.
+        figures: Figures of the paper that it mirrors.
+        tags: W&B tags.
+        claims: What the paper says, computed at the end of the run.
+    """
+
+    name: str = "toy"
+    figures: str = ""
+    tags: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+
+class ToyCLI(LightningCLI):
+    """LightningCLI with run directories, presets and one-line errors."""
+
+    run_dir: Path
+    config_text: str
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands, each with the trainer arguments that do not come from the command line."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What the project adds, and the sizes that are written once."""
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Directory of this run (default: runs/<experiment.name>/<id>)."
+        )
+        parser.add_class_arguments(Experiment, "experiment")
+        parser.link_arguments("model.n_features", "data.n_features")
+        parser.link_arguments("model.n_instances", "data.n_instances")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as the user wrote it; Lightning would override it by the checkpoint's settings."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run directory, and tell it to everything that writes."""
+        config = self.config[self.subcommand]
+        parser = self._parser(self.subcommand)
+        settings = Namespace({k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")})
+        self.config_text = parser.dump(settings, skip_none=False, skip_validation=True)
+        self.checkpoint = _find_checkpoint(config.get("ckpt_path"), self.subcommand)
+        experiment = config.experiment
+        self.resumed = owner_of(self.checkpoint) if self.checkpoint and self.subcommand == "fit" else None
+        if config.run_dir is not None:
+            self.run_dir = Path(config.run_dir)
+        elif self.resumed is not None:
+            self.run_dir = self.resumed
+        else:
+            suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
+            name = new_run_dir(experiment.name, _RUNS)
+            self.run_dir = name.with_name(name.name + suffix)
+        self.goes_on = self.resumed is not None and self.run_dir.absolute() == self.resumed.absolute()
+        if not self.goes_on:
+            check_free(self.run_dir)
+        where = str(self.run_dir)
+        config.trainer.default_root_dir = where
+        logger = config.trainer.get("logger")
+        for entry in logger if isinstance(logger, list) else [logger]:
+            if isinstance(entry, Namespace) and entry.class_path.endswith(".RunLogger"):
+                given = entry.init_args
+                given.save_dir = where
+                given.run_id = given.run_id or self.run_dir.name
+                given.name = given.name or self.run_dir.name
+                given.group = given.group or experiment.name
+                given.job_type = given.job_type or self.subcommand
+                given.tags = given.tags or experiment.tags
+        for entry in config.trainer.get("callbacks") or []:
+            if entry.class_path.endswith(".RunSummary"):
+                entry.init_args.experiment = entry.init_args.experiment or experiment.name
+                if self.subcommand == "fit" and not entry.init_args.claims:
+                    entry.init_args.claims = experiment.claims
+            if entry.class_path.endswith(".ModelCheckpoint") and entry.init_args.dirpath is None:
+                entry.init_args.dirpath = str(self.run_dir / "checkpoints")
+
+    def _begin_run(self) -> None:
+        """Everything was valid: only now something is written."""
+        if self.checkpoint is not None:
+            saved = _load_checkpoint(self.checkpoint)
+            check_state_fits(self.model, saved["state_dict"])
+            if self.subcommand == "fit" and 0 <= self.trainer.max_steps <= saved["global_step"]:
+                raise bad_value(
+                    "trainer.max_steps", self.trainer.max_steps,
+                    f"more than {saved['global_step']}, the step of {self.checkpoint}",
+                    "raise --trainer.max_steps to train on",
+                )  # fmt: skip
+            if self.resumed is not None and not self.goes_on and (self.resumed / FILE_NAME).is_dir():
+                shutil.copytree(self.resumed / FILE_NAME, self.run_dir / FILE_NAME)  # a branch keeps its history
+        write_text(self.run_dir / CONFIG, self.config_text)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_config(yaml.safe_load(self.config_text))
+
+    before_fit = before_validate = before_test = _begin_run
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (SystemExit, KeyboardInterrupt, SIGTERMException) as stop:  # Lightning turns Ctrl-C into an exit
+            raise _Interrupted(self.run_dir) from stop
+
+
+class _Interrupted(Exception):
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit code: 0, 1 if the run failed, 2 for input that cannot be used, 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        print(f"svf-lightning {__version__}")  # noqa: T201
+        return 0
+    _quiet_the_libraries()
+    try:
+        cli = ToyCLI(
+            ToyAttentionModel,
+            ToyData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs=_parser_kwargs(),
+            args=_with_preset(given),
+        )
+    except (InputError, ArgumentError, MisconfigurationException) as error:
+        if os.environ.get("SVF_DEBUG") == "1":
+            raise
+        print(f"svf-lightning: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        return _BAD_INPUT
+    except DivergedError as error:
+        print(f"svf-lightning: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except _Interrupted as stop:
+        print(stop.run_dir)  # noqa: T201
+        return _INTERRUPTED
+    except SystemExit as stop:  # --help, --print_config
+        return int(stop.code or 0)
+    print(cli.run_dir)  # noqa: T201
+    return 0
+
+
+def _parser_kwargs() -> dict[str, Any]:
+    common = {"parser_mode": "omegaconf+", "exit_on_error": False}
+    each = {**common, "default_config_files": [str(_preset(_DEFAULTS))]}
+    return {**common, "description": __doc__, **{name: dict(each) for name in ToyCLI.subcommands()}}
+
+
+def _preset(name: str) -> Path:
+    return Path(str(resources.files("svf_lightning.configs"))) / f"{name}.yaml"
+
+
+def presets() -> list[str]:
+    """Names of the presets that travel with the package."""
+    return sorted(path.stem for path in _preset(_DEFAULTS).parent.glob("*.yaml") if path.stem != _DEFAULTS)
+
+
+def _with_preset(args: list[str]) -> list[str]:
+    """The arguments with a configuration: the one given, else that of the checkpoint's run, else the default preset."""
+    subcommand = next((i for i, a in enumerate(args) if a in ToyCLI.subcommands()), None)
+    if subcommand is None:
+        return args
+    found = list(args)
+    has_config = False
+    for i, arg in enumerate(args):
+        for flag in ("--config", "-c"):
+            if arg == flag and i + 1 < len(args):
+                found[i + 1] = _config_file(args[i + 1])
+                has_config = True
+            elif arg.startswith(f"{flag}="):
+                found[i] = f"{flag}={_config_file(arg.split('=', 1)[1])}"
+                has_config = True
+    if has_config:
+        return found
+    checkpoint = next((_value(args, i) for i, a in enumerate(args) if a.split("=")[0] == "--ckpt_path"), None)
+    run_dir = owner_of(Path(checkpoint)) if checkpoint else None
+    config = run_dir / CONFIG if run_dir else _preset(DEFAULT_PRESET)
+    return [*found[: subcommand + 1], "--config", str(config), *found[subcommand + 1 :]]
+
+
+def _value(args: list[str], i: int) -> str:
+    return args[i].split("=", 1)[1] if "=" in args[i] else (args[i + 1] if i + 1 < len(args) else "")
+
+
+def _config_file(given: str) -> str:
+    """A file as it is; else the preset of that name, so that presets work from any folder."""
+    path = Path(given)
+    if path.is_file():
+        return given
+    if path.stem in presets() and (len(path.parts) == 1 or path.parts[:-1] == ("configs",)):
+        return str(_preset(path.stem))
+    raise InputError(
+        f"--config {given}: there is no such file. Allowed: a YAML file, or one of the presets {', '.join(presets())}. "
+        f"Fix: check the path. {closest(path.stem, presets())}".rstrip()
+    )
+
+
+def _find_checkpoint(given: str | None, subcommand: str) -> Path | None:
+    if given is None:
+        if subcommand == "fit":
+            return None
+        raise InputError(
+            f"{subcommand} needs a checkpoint to look at. Allowed: a .ckpt file that fit wrote. "
+            "Fix: add --ckpt_path RUN_DIR/checkpoints/last.ckpt."
+        )
+    if not Path(given).is_file():
+        raise InputError(
+            f"--ckpt_path {given}: there is no such file. Allowed: a .ckpt file that fit wrote "
+            "(RUN_DIR/checkpoints/last.ckpt). Fix: check the path."
+        )
+    return Path(given)
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(saved["state_dict"], dict)
+        assert isinstance(saved["global_step"], int)
+    except Exception as error:  # whatever a damaged or foreign file makes torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--ckpt_path {path} cannot be read ({reason}). Allowed: a .ckpt file that fit wrote. "
+            "Fix: the file is damaged or not a checkpoint of this program; take another one from its folder."
+        ) from error
+    return saved
+
+
+def _quiet_the_libraries() -> None:
+    """Keep lines off the terminal that tell a user of this program nothing."""
+    import logging
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*LightningCLI's args parameter is intended to run from within Python.*",  # the preset joins the arguments
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation inside fit
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _one_line(error: Exception) -> str:
+    """What was wrong, on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,187 @@
+"""Attention heads kept as their factors, and their SVD in head space.
+
+A head's bilinear form is ``Omega = scale * W_Q^T W_K`` (method of arXiv 2602.13524, section 2), of rank at most H. It
+is never built when H < D: a thin QR of each factor leaves an H x H core, and only the core is decomposed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from svf_lightning.errors import bad_value
+
+
+class FactorizationError(ArithmeticError):
+    """No LAPACK driver, in any precision, gave a factorization that reconstructs its input."""
+
+
+class HeadSVD(NamedTuple):
+    """``Omega = U diag(S) V^T`` with R = min(H, D) (D counts the bias coordinate where there are biases)."""
+
+    U: Float[Tensor, "... D R"]  # left singular vectors (query side), orthonormal columns
+    S: Float[Tensor, "... R"]  # singular values, >= 0, descending
+    V: Float[Tensor, "... D R"]  # right singular vectors (key side), orthonormal columns
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """Heads as factors; every method is batched over the leading dimensions.
+
+    Args:
+        W_Q: Query weights [..., H, D].
+        W_K: Key weights [..., H, D].
+        b_Q: Query bias [..., H], or None. A bias enters the bilinear form as one more coordinate, whose input is 1.
+        b_K: Key bias [..., H], or None.
+        scale: Factor of the scores: 1 in the toy model, 1/sqrt(H) in a transformer.
+
+    Raises:
+        InputError: The shapes do not fit each other.
+    """
+
+    W_Q: Float[Tensor, "... H D"]
+    W_K: Float[Tensor, "... H D"]
+    b_Q: Float[Tensor, "... H"] | None = None
+    b_K: Float[Tensor, "... H"] | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.W_Q.ndim < 2 or self.W_Q.shape != self.W_K.shape:
+            raise bad_value(
+                "W_K.shape",
+                tuple(self.W_K.shape),
+                f"[..., H, D], the shape of W_Q, which is {tuple(self.W_Q.shape)}",
+                "repeat shared key heads so that each query head has its own W_K",
+            )
+        for name, bias in (("b_Q", self.b_Q), ("b_K", self.b_K)):
+            if bias is not None and bias.shape != self.W_Q.shape[:-1]:
+                raise bad_value(
+                    f"{name}.shape", tuple(bias.shape), f"{tuple(self.W_Q.shape[:-1])}, from W_Q", "pass one bias per row"
+                )
+
+    @property
+    def has_bias(self) -> bool:
+        """True if the bilinear form has the extra bias coordinate (D -> D + 1)."""
+        return self.b_Q is not None or self.b_K is not None
+
+    def factors(self) -> tuple[Float[Tensor, "... H D"], Float[Tensor, "... H D"]]:
+        """W_Q and W_K with the biases as a last column, if there are any (D -> D + 1)."""
+        if not self.has_bias:
+            return self.W_Q, self.W_K
+        columns = [torch.zeros_like(self.W_Q[..., 0]) if b is None else b for b in (self.b_Q, self.b_K)]
+        return (
+            torch.cat([self.W_Q, columns[0][..., None]], dim=-1),
+            torch.cat([self.W_K, columns[1][..., None]], dim=-1),
+        )
+
+    def svd(self) -> HeadSVD:
+        """Verified SVD of Omega in head space.
+
+        Costs O(D H^2) per head. A head that holds NaN or Inf gives NaN, and does not disturb the others.
+
+        Raises:
+            FactorizationError: No driver gave factors that reconstruct the core (not seen in practice).
+        """
+        W_Q, W_K = self.factors()
+        n_head, n_model = W_Q.shape[-2:]
+        if n_head >= n_model:  # the core is already as small as it gets: [D, D] with D <= H
+            core = (W_Q.mT @ W_K) * self.scale
+            return HeadSVD(*verified_svd(core))
+        Q_q, A_q = _verified_qr(W_Q.mT)
+        Q_k, A_k = _verified_qr(W_K.mT)
+        U, S, V = verified_svd((A_q @ A_k.mT) * self.scale)
+        return HeadSVD(Q_q @ U, S, Q_k @ V)
+
+    def bilinear(self, x: Float[Tensor, "... D P"], y: Float[Tensor, "... D P"]) -> Float[Tensor, "... P"]:
+        """``x_p^T Omega y_p`` for P pairs of columns, without the biases: the logit that the pair (x, y) gets."""
+        return ((self.W_Q @ x) * (self.W_K @ y)).sum(-2) * self.scale
+
+
+def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD (U, S, V), each checked for reconstruction and orthonormality.
+
+    LAPACK's gesdd has been seen to fail silently on weights of real heads. A matrix whose factors do not pass is
+    decomposed again in float64, then by the slower gesvd. Matrices that are not finite give NaN.
+
+    Returns:
+        U [..., n, r], S [..., r], V [..., m, r] with r = min(n, m), in the dtype of the input.
+
+    Raises:
+        FactorizationError: Some matrix passes with no driver.
+    """
+    finite = torch.isfinite(matrix).flatten(-2).all(-1)
+    if not bool(finite.all()):
+        matrix = torch.where(finite[..., None, None], matrix, 0.0)
+    try:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        failed = ~_accurate(matrix, U, S, Vh)
+    except torch.linalg.LinAlgError:
+        *batch, n, m = matrix.shape
+        U, S, Vh = (matrix.new_zeros(*batch, *s) for s in ((n, min(n, m)), (min(n, m),), (min(n, m), m)))
+        failed = torch.ones(batch, dtype=torch.bool, device=matrix.device)
+    if bool(failed.any()):
+        for index in failed.nonzero():
+            at = tuple(index.tolist())
+            U[at], S[at], Vh[at] = _robust_svd(matrix[at])
+    if not bool(finite.all()):
+        U, S, Vh = (
+            part.masked_fill(~finite.reshape(finite.shape + (1,) * extra), torch.nan)
+            for part, extra in ((U, 2), (S, 1), (Vh, 2))
+        )
+    return U, S, Vh.mT
+
+
+def _robust_svd(matrix: Float[Tensor, "n m"]) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of one matrix: gesdd in float64, then gesvd in float64."""
+    wide = matrix.detach().double().cpu()
+    for driver in ("gesdd", "gesvd"):
+        try:
+            parts = scipy.linalg.svd(wide.numpy(), full_matrices=False, lapack_driver=driver, check_finite=False)
+        except np.linalg.LinAlgError:
+            continue
+        U, S, Vh = (torch.from_numpy(np.ascontiguousarray(p)) for p in parts)
+        if bool(_accurate(wide, U, S, Vh)):
+            return U.to(matrix), S.to(matrix), Vh.to(matrix)
+    raise FactorizationError(
+        f"no SVD driver reconstructs a {tuple(matrix.shape)} matrix (largest entry {matrix.abs().max().item():.3g})"
+    )
+
+
+def _accurate(matrix: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    """One bool per matrix: factors reconstruct it and are orthonormal, to a few hundred ulps of the largest entry."""
+    tolerance = 32 * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    residual = (matrix - (U * S[..., None, :]) @ Vh).abs().amax((-2, -1))
+    ok = residual <= tolerance * matrix.abs().amax((-2, -1))
+    for factor in (U.mT @ U, Vh @ Vh.mT):
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        ok = ok & ((factor - identity).abs().amax((-2, -1)) <= tolerance)
+    return ok
+
+
+def _verified_qr(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor]:
+    """Thin QR (n >= m), checked like the SVD; a batch that does not pass is done again in float64."""
+    Q, R = torch.linalg.qr(matrix)
+    if bool(_accurate_qr(matrix, Q, R).all()):
+        return Q, R
+    wide = matrix.double()
+    Q, R = torch.linalg.qr(wide)
+    if not bool(_accurate_qr(wide, Q, R).all()):
+        raise FactorizationError(f"QR does not reconstruct a {tuple(matrix.shape)} batch, even in float64")
+    return Q.to(matrix), R.to(matrix)
+
+
+def _accurate_qr(matrix: Tensor, Q: Tensor, R: Tensor) -> Tensor:
+    """One bool per matrix; a matrix that is not finite passes, as its NaN goes on to the result."""
+    tolerance = 32 * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    size = matrix.abs().amax((-2, -1))
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    ok = ((matrix - Q @ R).abs().amax((-2, -1)) <= tolerance * size) & (
+        (Q.mT @ Q - identity).abs().amax((-2, -1)) <= tolerance
+    )
+    return ok | ~torch.isfinite(size)

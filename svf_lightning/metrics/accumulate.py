@@ -1,0 +1,34 @@
+"""torchmetrics classes that accumulate what a loop over batches measures."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class InstanceMean(Metric):
+    """Mean over the batches of a loop, one value per instance (torchmetrics' own mean would average the instances).
+
+    Sums in float64. Synchronizes over processes by sum, as torchmetrics does.
+
+    Args:
+        shape: Shape of one batch's value, e.g. (n_instances,).
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value: Float[Tensor, "..."], weight: float = 1.0) -> None:
+        """Add one batch's value, with its weight (e.g. its number of sequences)."""
+        self.total += value.detach().to(self.total) * weight
+        self.weight += weight
+
+    def compute(self) -> Float[Tensor, "..."]:
+        """Weighted mean so far; NaN before the first update."""
+        return self.total / self.weight

@@ -1,0 +1,124 @@
+"""How singular vectors of a head align with feature directions (arXiv 2602.13524, Figs. 1 to 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from svf_lightning.errors import bad_value
+from svf_lightning.metrics.geometry import unit_features
+
+
+class PairAlignment(NamedTuple):
+    """What each of P target pairs (query feature i, key feature j) finds in the singular basis."""
+
+    index: Int[Tensor, "... P"]  # matched singular index k, from 0; -1 if P > R left none for this pair
+    left: Float[Tensor, "... P"]  # |cos(w_i, u_k)|, in [0, 1]; 0 where unmatched
+    right: Float[Tensor, "... P"]  # |cos(w_j, v_k)|, in [0, 1]; 0 where unmatched
+    sigma: Float[Tensor, "... P"]  # sigma_k, >= 0; 0 where unmatched
+    subspace_left: Float[Tensor, "... P"]  # norm of the projection of w_i on the block of sigma_k, in [left, 1]
+    subspace_right: Float[Tensor, "... P"]  # the same for w_j
+
+
+def cosine_matrix(
+    features: Float[Tensor, "... D N"], vectors: Float[Tensor, "... D R"]
+) -> Float[Tensor, "... N R"]:
+    """Absolute cosines |cos(w_i, u_k)| between columns, in [0, 1]; 0 for a column that is zero.
+
+    Raises:
+        InputError: The two do not live in the same space (D differs).
+    """
+    if features.shape[-2] != vectors.shape[-2]:
+        raise bad_value(
+            "vectors.shape",
+            tuple(vectors.shape),
+            f"[..., {features.shape[-2]}, R], as the features live in {features.shape[-2]} dimensions",
+            "compare features and vectors of one residual stream",
+        )
+    return (unit_features(features).mT @ unit_features(vectors)).abs()
+
+
+def match_pairs(left: Float[Tensor, "... P R"], right: Float[Tensor, "... P R"]) -> Int[Tensor, "... P"]:
+    """One-to-one assignment of P target pairs to R singular indices, maximizing the sum of ``left * right``.
+
+    Hungarian algorithm (``scipy.optimize.linear_sum_assignment``), so a singular pair is never counted twice.
+
+    Args:
+        left: |cos(w_i, u_k)| for the query feature i of each pair.
+        right: |cos(w_j, v_k)| for the key feature j of each pair.
+
+    Returns:
+        Singular index of each pair; -1 for the P - R pairs that are left over when P > R.
+    """
+    gain = (left * right).detach()
+    n_pairs, n_singular = gain.shape[-2:]
+    if n_pairs == 1:  # no competition: the best index is the best index
+        return torch.nan_to_num(gain).argmax(-1)
+    rows = torch.nan_to_num(gain).double().cpu().numpy().reshape(-1, n_pairs, n_singular)
+    index = torch.full((len(rows), n_pairs), -1, dtype=torch.long)
+    for target, row in zip(index, rows, strict=True):
+        pair, singular = linear_sum_assignment(row, maximize=True)
+        target[torch.from_numpy(pair)] = torch.from_numpy(singular)
+    return index.reshape(gain.shape[:-1]).to(gain.device)
+
+
+def align_pairs(
+    left: Float[Tensor, "... N R"],
+    right: Float[Tensor, "... N R"],
+    S: Float[Tensor, "... R"],
+    pairs: Int[Tensor, "P 2"],
+    *,
+    relative_gap: float = 0.1,
+) -> PairAlignment:
+    """Matched and subspace scores of the target pairs.
+
+    Near-equal singular values leave their vectors free to rotate inside the common span; the subspace score is the norm
+    of the projection of the unit feature on the span of all vectors whose sigma lies within ``relative_gap`` of the
+    matched one, so it does not depend on that rotation.
+
+    Args:
+        left: |cos(w_i, u_k)| of all features (:func:`cosine_matrix`).
+        right: |cos(w_j, v_k)| of all features.
+        S: Singular values.
+        pairs: (query feature, key feature) of each target pair.
+        relative_gap: Width of a block, as a fraction of the matched singular value.
+    """
+    left, right = left[..., pairs[:, 0], :], right[..., pairs[:, 1], :]
+    index = match_pairs(left, right)
+    found = index >= 0
+    at = index.clamp_min(0)
+    sigma = S.gather(-1, at)
+    block = (S[..., None, :] - sigma[..., :, None]).abs() <= relative_gap * sigma[..., :, None]
+
+    def pick(cosines: Tensor) -> Tensor:
+        return cosines.gather(-1, at[..., None]).squeeze(-1) * found
+
+    def project(cosines: Tensor) -> Tensor:
+        return (cosines.square() * block).sum(-1).sqrt().clamp_max(1) * found
+
+    return PairAlignment(index, pick(left), pick(right), sigma * found, project(left), project(right))
+
+
+def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
+    """``1 - mean |w_i^T Omega w_j - T_ij| / mean |T_ij|``: 1 where the head gives every pair its target logit.
+
+    At most 1; 0 for a head that does nothing, negative for one that is further off than that (a choice).
+    """
+    return 1 - (effective - target).abs().mean(-1) / target.abs().mean(-1)
+
+
+def spearman(x: Float[Tensor, "... P"], y: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
+    """Spearman rank correlation along the last dimension, ties at their mean rank; in [-1, 1], NaN if one is constant."""
+
+    def centred_ranks(values: Tensor) -> Tensor:
+        below = (values[..., None, :] < values[..., :, None]).sum(-1)
+        equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+        rank = below.double() + equal.double() / 2
+        return rank - rank.mean(-1, keepdim=True)
+
+    a, b = centred_ranks(x), centred_ranks(y)
+    return ((a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()).to(x.dtype)

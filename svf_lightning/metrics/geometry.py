@@ -1,0 +1,73 @@
+"""Geometry of a set of features: Gram matrix, interference, dimensionality, attended features against the rest."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from svf_lightning.errors import bad_value
+
+
+def unit_features(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D N"]:
+    """Columns divided by their norm. A column that is zero has no direction and stays zero (a choice)."""
+    return features / features.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+
+
+def gram(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N N"]:
+    """Signed cosines ``G = X^T X`` of the unit columns, in [-1, 1]."""
+    x = unit_features(features)
+    return x.mT @ x
+
+
+def attended_vs_rest(
+    gram: Float[Tensor, "... N N"], attended: Bool[Tensor, " N"]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Mean |cosine| between the template's features and the rest, and inside the rest.
+
+    Args:
+        gram: Cosines of the features (:func:`gram`).
+        attended: True for the features that the template names.
+
+    Returns:
+        attended_vs_rest: mean of |G_ij| over i attended, j not; in [0, 1]; NaN if either set is empty.
+        rest_vs_rest: mean of |G_ij| over i != j, both not attended; in [0, 1]; NaN for fewer than two such features.
+
+    Raises:
+        InputError: The mask does not have one entry per feature.
+    """
+    if attended.shape != gram.shape[-1:]:
+        raise bad_value("attended.shape", tuple(attended.shape), f"({gram.shape[-1]},), one entry per feature", "pass N")
+    size = gram.abs()
+    a = attended.to(size.dtype)
+    r = 1 - a
+    between = torch.einsum("...ij,i,j->...", size, a, r) / (a.sum() * r.sum())
+    inside = (torch.einsum("...ij,i,j->...", size, r, r) - (size.diagonal(dim1=-2, dim2=-1) * r).sum(-1)) / (
+        r.sum() * (r.sum() - 1)
+    )
+    return between, inside
+
+
+def feature_dimensionality(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N"]:
+    """``D_i = |w_i|^2 / sum_j (x_i . w_j)^2`` (Elhage et al. 2022, *Toy Models of Superposition*).
+
+    Returns:
+        In [0, 1]: 1 for a feature with a dimension of its own, 1/2 for one of an antipodal pair, 0 for a zero column.
+    """
+    overlap = (unit_features(features).mT @ features).square().sum(-1)
+    size = features.square().sum(-2)
+    return size / overlap.clamp_min(torch.finfo(features.dtype).tiny)
+
+
+def interference(features: Float[Tensor, "... D N"]) -> Float[Tensor, "..."]:
+    """``||E_X||_2`` with ``E_X = X^T X - I``: spectral norm of the off-diagonal cosines (arXiv 2602.13524, section 5).
+
+    0 for orthonormal features, N - 1 for N copies of one direction. Computed on the smaller of X^T X and X X^T: they
+    share their non-zero eigenvalues, and for N > D the remaining ones are 0, which makes the norm at least 1.
+    """
+    x = unit_features(features)
+    n_model, n_features = x.shape[-2:]
+    small = x @ x.mT if n_features > n_model else x.mT @ x
+    finite = torch.isfinite(small).flatten(-2).all(-1)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None, None], small, 0.0))
+    low = torch.zeros_like(eigenvalues[..., 0]) if n_features > n_model else eigenvalues[..., 0]
+    norm = torch.maximum(eigenvalues[..., -1] - 1, 1 - low)
+    return torch.where(finite, norm, torch.nan)

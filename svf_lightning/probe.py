@@ -1,0 +1,131 @@
+"""The one thing that a module hands to a callback.
+
+A module works with every callback of this package as soon as it has a method ``probe() -> Probe``. The toy model and the
+replay of real checkpoints are two such modules; a user's own is a third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from svf_lightning.errors import bad_value
+from svf_lightning.heads import AttentionHeads
+
+Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A module's heads and features at one training step.
+
+    All tensors share the leading dimensions named by ``batch_dims``, for example ("instance",) or ("layer", "head").
+
+    Args:
+        step: Training step (optimizer updates done) that the weights stand for; [K] after :meth:`stack`.
+        heads: Attention heads with W_Q, W_K [..., H, D], or None if there are none to look at.
+        features: Feature directions as columns W [..., D, N], or None if they are not known.
+        pairs: Attended pairs (query feature, key feature), int64 [P, 2]; P may be 0.
+        pair_logits: Target logit T_ij of each pair [..., P].
+        queries: Observed queries [..., n, D] (optional).
+        keys: Observed keys [..., n, m, D] (optional).
+        batch_dims: Names of the leading dimensions.
+        coords: Labels that hold for the whole run, by name: (dimensions, values); they travel with the trajectory.
+
+    Raises:
+        InputError: Leading dimensions that do not agree, or a pair that names a feature that is not there.
+    """
+
+    step: int | Int[Tensor, " K"]
+    heads: AttentionHeads | None = None
+    features: Float[Tensor, "... D N"] | None = None
+    pairs: Int[Tensor, "P 2"] = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
+    pair_logits: Float[Tensor, "... P"] | None = None
+    queries: Float[Tensor, "... n D"] | None = None
+    keys: Float[Tensor, "... n m D"] | None = None
+    batch_dims: tuple[str, ...] = ("instance",)
+    coords: Mapping[str, Coordinate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.batch_dims)
+        shapes = {
+            name: tuple(tensor.shape[:n])
+            for name, tensor in (
+                ("heads.W_Q", self.heads.W_Q if self.heads else None),
+                ("features", self.features),
+                ("pair_logits", self.pair_logits),
+            )
+            if tensor is not None
+        }
+        if len(set(shapes.values())) > 1:
+            raise bad_value("Probe", shapes, f"one shape for the dimensions {self.batch_dims}", "expand the smaller one")
+
+    def snapshot(self) -> Probe:
+        """A copy that later training steps do not change (detached, same device)."""
+        copy = _detached_copy
+        return replace(
+            self,
+            heads=self.heads
+            and replace(
+                self.heads,
+                W_Q=copy(self.heads.W_Q),
+                W_K=copy(self.heads.W_K),
+                b_Q=copy(self.heads.b_Q),
+                b_K=copy(self.heads.b_K),
+            ),
+            features=copy(self.features),
+            queries=copy(self.queries),
+            keys=copy(self.keys),
+        )
+
+    @staticmethod
+    def stack(probes: Sequence[Probe]) -> Probe:
+        """K probes of one module as one probe with a new leading dimension "step" and ``step`` of shape [K].
+
+        A metric that is batched over leading dimensions measures K steps at the price of one call.
+        """
+        first = probes[0]
+        heads = None
+        if first.heads is not None:
+            parts = [p.heads for p in probes if p.heads is not None]
+            heads = replace(
+                first.heads,
+                W_Q=torch.stack([h.W_Q for h in parts]),
+                W_K=torch.stack([h.W_K for h in parts]),
+                b_Q=_stack([h.b_Q for h in parts]),
+                b_K=_stack([h.b_K for h in parts]),
+            )
+        logits = first.pair_logits
+        return replace(
+            first,
+            step=torch.tensor([int(p.step) for p in probes]),
+            heads=heads,
+            features=_stack([p.features for p in probes]),
+            pair_logits=None if logits is None else logits.expand(len(probes), *logits.shape),
+            queries=_stack([p.queries for p in probes]),
+            keys=_stack([p.keys for p in probes]),
+            batch_dims=("step", *first.batch_dims),
+        )
+
+
+@runtime_checkable
+class Probed(Protocol):
+    """A module that callbacks can look into."""
+
+    def probe(self) -> Probe:
+        """The module's heads and features as they are now."""
+        ...
+
+
+def _detached_copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.stack(present) if present else None

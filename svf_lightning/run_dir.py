@@ -1,0 +1,98 @@
+"""The run directory: where a run keeps everything, and nothing is written outside of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import secrets
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svf_lightning.errors import InputError
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+def new_run_dir(experiment: str, root: Path) -> Path:
+    """A name that no other run has: ``root/<experiment>/<date>-<time>-<4 letters>``. Nothing is created."""
+    return root / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def check_free(run_dir: Path) -> None:
+    """Check that a run may begin in this directory.
+
+    Raises:
+        InputError: It holds a run already, it is a file, or it cannot be written.
+    """
+    if run_dir.is_file():
+        raise InputError(f"run_dir {run_dir} is a file. Allowed: a directory. Fix: choose another --run_dir.")
+    if run_dir.is_dir() and any((run_dir / name).exists() for name in (CONFIG, SUMMARY, "trajectory.zarr")):
+        raise InputError(
+            f"run_dir {run_dir} already holds a run. Allowed: a directory without one. Fix: choose another --run_dir, "
+            f"or go on with that run: --ckpt_path {run_dir / CHECKPOINTS / 'last.ckpt'}."
+        )
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir.")
+
+
+def owner_of(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint belongs to, or None if it lies elsewhere."""
+    folder = checkpoint.absolute().parent
+    run_dir = folder.parent
+    return run_dir if folder.name == CHECKPOINTS and (run_dir / CONFIG).is_file() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strictly valid JSON; numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_finite(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with: packages, Python, platform, and the commit of a source checkout."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("svf-lightning", "torch", "lightning", "numpy", "scipy", "xarray", "zarr", "wandb"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    source = Path(__file__).resolve().parents[1]
+    if (source / ".git").exists():
+        git = ["git", "-C", str(source)]
+        try:
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+            status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return found
+        found["commit"] = commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    return found

@@ -1,0 +1,153 @@
+"""Feature activations: sparse draws keyed by (seed, step), and the DataModule that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from svf_lightning.errors import bad_value
+from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
+
+# streams of draws that never meet; part of the generator's key
+_TRAIN, _VALIDATE, _TEST = 0, 1, 2
+
+
+def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose draws depend on the key alone.
+
+    numpy's SeedSequence mixes the key, so that neighbouring seeds and steps give unrelated streams. The stream also
+    depends on the kind of device: CPU and CUDA generators differ.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+def sparse_activations(
+    uniform: Float[Tensor, "... N"], probability: Float[Tensor, "... N"] | float
+) -> Float[Tensor, "... N"]:
+    """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1)."""
+    return torch.relu((uniform - (1 - probability)) / probability)
+
+
+class ToyData(pl.LightningDataModule):
+    """Endless training draws, and held-out draws for ``validate`` and ``test``.
+
+    A batch is a tensor of feature activations f [I or 1, B, 1 + m, N]; position 0 is the query, 1..m are the keys. The
+    first dimension is 1 where all instances see the very same numbers.
+
+    The draw of step t depends on (seed, t) and the device type alone, so an interrupted run sees the same data.
+
+    Args:
+        n_features: N. (Follows model.n_features on the command line.)
+        n_instances: I. (Follows model.n_instances on the command line.)
+        batch_size: B, sequences per training step.
+        context_length: m, keys per query; 0 for a template without a head.
+        feature_probability: p, probability that a feature is active in a token, in (0, 1]. One value or one per
+            instance.
+        seed: Seed of the draws; with separate streams, instance i uses seed + i, or the i-th of a list.
+        streams: "shared": all instances see one stream of draws, each with its own p, so that differences between
+            them owe nothing to sampling noise. "separate": each instance draws its own data, from its own seed.
+        held_out_batches: Batches of ``batch_size`` sequences that ``validate`` and ``test`` average over.
+    """
+
+    def __init__(
+        self,
+        n_features: int = 20,
+        n_instances: int = 1,
+        batch_size: int = 256,
+        context_length: int = 8,
+        feature_probability: PerInstance = 0.1,
+        seed: int | list[int] = 0,
+        streams: Literal["shared", "separate"] = "shared",
+        held_out_batches: int = 16,
+    ) -> None:
+        super().__init__()
+        self.n_features = at_least("n_features", n_features, 1, key="model.n_features")
+        self.n_instances = at_least("n_instances", n_instances, 1, key="model.n_instances")
+        self.batch_size = at_least("batch_size", batch_size, 1, key="data.batch_size")
+        self.context_length = at_least("context_length", context_length, 0, key="data.context_length")
+        self.held_out_batches = at_least("held_out_batches", held_out_batches, 1, key="data.held_out_batches")
+        self.feature_probability = per_instance(
+            "feature_probability", feature_probability, n_instances, low=0, high=1, open_low=True,
+            key="data.feature_probability",
+        )  # fmt: skip
+        if streams not in ("shared", "separate"):
+            raise bad_value("streams", streams, "'shared' or 'separate'", "change --data.streams")
+        if streams == "shared" and not isinstance(seed, int):
+            raise bad_value("data.seed", seed, "one integer, as all instances share one stream", "set --data.streams=separate")
+        self.seeds: Sequence[int] = (
+            instance_seeds(seed, n_instances, key="data.seed")
+            if streams == "separate"
+            else instance_seeds(seed, 1, key="data.seed")
+        )
+        self.streams = streams
+        p = self.feature_probability.float()
+        self._same_p = bool((p == p[0]).all())
+        self._p = p[0] if self._same_p else p[:, None, None, None]
+
+    def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "I B m1 N"]:
+        """The activations of one step [I or 1, B, 1 + m, N], float32 in [0, 1)."""
+        shape = (self.batch_size, 1 + self.context_length, self.n_features)
+        uniform = torch.stack(
+            [
+                torch.rand(shape, generator=keyed_generator(seed, stream, step, device=device), device=device)
+                for seed in self.seeds
+            ]
+        )
+        return sparse_activations(uniform, self._p.to(device))
+
+    def train_dataloader(self) -> Draws:
+        """Draws from the current step on, without end."""
+        return Draws(self, _TRAIN, None)
+
+    def val_dataloader(self) -> Draws | list[Any]:
+        """Held-out draws; none inside ``fit``, where every training batch is drawn afresh and never seen again."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
+        return Draws(self, _VALIDATE, self.held_out_batches)
+
+    def test_dataloader(self) -> Draws:
+        """Held-out draws, others than those of ``validate``."""
+        return Draws(self, _TEST, self.held_out_batches)
+
+    def transfer_batch_to_device(self, batch: Tensor, device: torch.device, dataloader_idx: int) -> Tensor:
+        """The batch as it is: it was drawn on the device."""
+        return batch
+
+
+class Draws:
+    """Iterable over the draws of one stream; the training stream starts at the trainer's step.
+
+    Args:
+        data: Where the draws come from.
+        stream: Which stream.
+        length: Number of batches, or None for no end.
+    """
+
+    def __init__(self, data: ToyData, stream: int, length: int | None) -> None:
+        self.data, self.stream, self.length = data, stream, length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        trainer = self.data.trainer
+        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+        first = trainer.global_step if trainer is not None and self.stream == _TRAIN else 0
+        step = first
+        while self.length is None or step - first < self.length:
+            yield self.data.draw(step, device=device, stream=self.stream)
+            step += 1
+
+    def __len__(self) -> int:
+        """Number of batches.
+
+        Raises:
+            TypeError: The stream has no end (Lightning's sign for an unsized loader).
+        """
+        if self.length is None:
+            raise TypeError("training draws have no end")
+        return self.length

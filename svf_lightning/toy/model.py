@@ -1,0 +1,323 @@
+"""The toy model: a ReLU autoencoder and one attention head that share a feature matrix, I of them side by side."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from svf_lightning.errors import InputError, bad_value
+from svf_lightning.heads import AttentionHeads
+from svf_lightning.metrics import InstanceMean
+from svf_lightning.probe import Probe
+from svf_lightning.toy.features import ToyData
+from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
+from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
+
+Losses = dict[str, Tensor]
+
+
+class ToyAttentionModel(pl.LightningModule):
+    """Features W trained to be reconstructed (Elhage et al. 2022) and to be attended to (arXiv 2602.13524, section 3).
+
+    Tokens are ``r = W f``; reconstruction ``f' = relu(W^T r + b)``; attention logits ``r^T Omega s_j`` with
+    ``Omega = W_Q^T W_K`` (no 1/sqrt(H)) against the target logits ``f_r^T T f_{s_j}``;
+    ``L = L_recon + lambda * L_attn``. The loss that is differentiated is the sum over instances, so that each trains
+    as if it were alone.
+
+    Args:
+        n_features: N, number of features.
+        d_model: D, dimension of a token.
+        d_head: H, dimension of queries and keys; null for d_model.
+        n_instances: I, models that train side by side in one program.
+        template: "single" (T_01 = a), "linear" (T_{i,i+P} from a down to a/P), "many_to_one" (T_{i,P} = a for i < P),
+            "zero" (no head), or a list of (query feature, key feature, logit).
+        n_pairs: P, target pairs of the templates linear and many_to_one.
+        target_logit: a, the largest target logit. One value or one per instance; null for a list of pairs.
+        lambda_attn: lambda, weight of the attention loss, >= 0. One value or one per instance.
+        importance: Weight of features in the reconstruction loss. A number r weighs feature i by r**i (1 weighs all
+            alike), one value or one per instance; a list of rows of N weights gives them one by one, one row for all
+            instances or one per instance.
+        seed: Seed of the initial weights; instance i uses seed + i, or the i-th of a list.
+        init_feature_norm: Root-mean-square length of the initial feature columns, > 0.
+        init_head_scale: Initial W_Q and W_K keep lengths on average, times this factor, > 0.
+        optimizer: "adam" or "adamw".
+        learning_rate: Peak learning rate, > 0.
+        weight_decay: Decoupled weight decay, >= 0; only with adamw.
+        lr_schedule: "constant", or "cosine" or "linear" decay to 0 over trainer.max_steps.
+
+    Raises:
+        InputError: A setting out of range, or settings that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        n_features: int = 20,
+        d_model: int = 10,
+        d_head: int | None = None,
+        n_instances: int = 1,
+        template: TemplateName | TemplatePairs = "single",
+        n_pairs: int = 1,
+        target_logit: PerInstance | None = 5.0,
+        lambda_attn: PerInstance = 10.0,
+        importance: PerInstance | list[list[float]] = 1.0,
+        seed: int | list[int] = 0,
+        init_feature_norm: float = 0.1,
+        init_head_scale: float = 1.0,
+        optimizer: Literal["adam", "adamw"] = "adam",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        lr_schedule: Literal["constant", "cosine", "linear"] = "constant",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        N = at_least("n_features", n_features, 1, key="model.n_features")
+        D = at_least("d_model", d_model, 1, key="model.d_model")
+        H = at_least("d_head", D if d_head is None else d_head, 1, key="model.d_head")
+        I = at_least("n_instances", n_instances, 1, key="model.n_instances")  # noqa: E741 (the method's symbol)
+        self.n_features, self.d_model, self.d_head, self.n_instances = N, D, H, I
+        self.template = make_template(
+            template, n_features=N, n_instances=I, n_pairs=n_pairs, target_logit=target_logit
+        )  # fmt: skip
+        self.has_head = len(self.template.pairs) > 0
+        self.seeds = instance_seeds(seed, I, key="model.seed")
+        if optimizer not in ("adam", "adamw"):
+            raise bad_value("optimizer", optimizer, "'adam' or 'adamw'", "change --model.optimizer")
+        if lr_schedule not in ("constant", "cosine", "linear"):
+            raise bad_value("lr_schedule", lr_schedule, "'constant', 'cosine' or 'linear'", "change --model.lr_schedule")
+        per_instance("learning_rate", learning_rate, 1, low=0, open_low=True)
+        per_instance("weight_decay", weight_decay, 1, low=0)
+        if weight_decay and optimizer == "adam":
+            raise bad_value("weight_decay", weight_decay, "0 with adam", "set --model.optimizer=adamw")
+        self.optimizer_name, self.learning_rate = optimizer, learning_rate
+        self.weight_decay, self.lr_schedule = weight_decay, lr_schedule
+        lambdas = per_instance("lambda_attn", lambda_attn, I, low=0)
+        weights = _importance(importance, N, I)
+        self._weigh_features = bool((weights != 1).any())
+        # settings, not weights: they follow the device and stay out of the checkpoint
+        self.register_buffer("lambda_attn", lambdas.float(), persistent=False)
+        self.register_buffer("importance", weights.float(), persistent=False)
+        self.register_buffer("pairs", self.template.pairs, persistent=False)
+        self.register_buffer("pair_logits", self.template.logits, persistent=False)
+        self.lambda_attn: Tensor
+        self.importance: Tensor
+        self.pairs: Tensor
+        self.pair_logits: Tensor
+
+        for name, value in (("init_feature_norm", init_feature_norm), ("init_head_scale", init_head_scale)):
+            per_instance(name, value, 1, low=0, open_low=True)
+        W, W_Q, W_K = (torch.stack(parts) for parts in zip(*(_normal(s, N, D, H) for s in self.seeds), strict=True))
+        self.W = nn.Parameter(W * (init_feature_norm / D**0.5))  # [I, D, N]
+        self.b = nn.Parameter(torch.zeros(I, N))
+        if self.has_head:
+            self.W_Q = nn.Parameter(W_Q * (init_head_scale / H**0.5))  # [I, H, D]
+            self.W_K = nn.Parameter(W_K * (init_head_scale / H**0.5))
+        self._loaded_step = 0
+        self._held_out: dict[str, InstanceMean] = {}
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    def forward(self, f: Float[Tensor, "I B m1 N"]) -> tuple[Tensor, Tensor | None]:
+        """Reconstruction and attention logits of sequences of feature activations.
+
+        Args:
+            f: Activations [I or 1, B, 1 + m, N]; position 0 is the query.
+
+        Returns:
+            f': reconstructed activations [I, B, 1 + m, N]; attention logits [I, B, m], or None without a head.
+        """
+        n_batch, n_tokens = f.shape[1:3]
+        flat = f.reshape(f.shape[0], -1, self.n_features).expand(self.n_instances, -1, -1)
+        tokens = flat @ self.W.mT
+        reconstruction = torch.relu(torch.baddbmm(self.b[:, None], tokens, self.W))
+        reconstruction = reconstruction.view(self.n_instances, n_batch, n_tokens, self.n_features)
+        if not self.has_head:
+            return reconstruction, None
+        tokens = tokens.view(self.n_instances, n_batch, n_tokens, self.d_model)
+        # (r W_Q^T W_K) . s: the keys themselves need no projection
+        towards = tokens[:, :, 0] @ self.W_Q.mT @ self.W_K
+        return reconstruction, (tokens[:, :, 1:] @ towards[..., None]).squeeze(-1)
+
+    def target_logits(self, f: Float[Tensor, "I B m1 N"]) -> Float[Tensor, "I B m"]:
+        """``f_r^T T f_{s_j}`` for every key j, from the non-zero entries of T alone."""
+        query = f[:, :, 0, self.pairs[:, 0]] * self.pair_logits[:, None]
+        return (f[:, :, 1:, self.pairs[:, 1]] @ query[..., None]).squeeze(-1)
+
+    def losses(self, f: Float[Tensor, "I B m1 N"]) -> Losses:
+        """``loss/recon``, ``loss/attn`` (with a head) and ``loss/total``, one value per instance [I], in nats."""
+        reconstruction, logits = self(f)
+        error = (reconstruction - f).square()
+        if self._weigh_features:
+            error = error * self.importance[:, None, None]
+        recon = error.sum((1, 2, 3)) / (error.shape[1] * error.shape[2])
+        if logits is None:
+            return {"loss/recon": recon, "loss/total": recon}
+        target = self.target_logits(f).softmax(-1)
+        attn = -(target * F.log_softmax(logits, -1)).sum((1, 2)) / logits.shape[1]
+        return {"loss/recon": recon, "loss/attn": attn, "loss/total": recon + self.lambda_attn * attn}
+
+    def probe(self) -> Probe:
+        """Heads and features as they are now, with the leading dimension "instance"."""
+        coords: dict[str, Any] = {"seed": (("instance",), self.seeds), "lambda_attn": (("instance",), self.lambda_attn)}
+        if self.has_head:
+            coords["query_feature"] = (("pair",), self.pairs[:, 0])
+            coords["key_feature"] = (("pair",), self.pairs[:, 1])
+            coords["target_logit"] = (("instance", "pair"), self.pair_logits)
+        return Probe(
+            step=max(self.global_step, self._loaded_step),
+            heads=AttentionHeads(self.W_Q, self.W_K) if self.has_head else None,
+            features=self.W,
+            pairs=self.pairs,
+            pair_logits=self.pair_logits if self.has_head else None,
+            coords=coords,
+        )
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check what only the trainer knows.
+
+        Raises:
+            InputError: A trainer option that would change what a step means, or a head without keys.
+        """
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise bad_value(
+                "trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, "1", "raise --data.batch_size instead"
+            )
+        if trainer.world_size != 1:
+            raise bad_value("trainer.devices", trainer.world_size, "1", "instances already train side by side on one device")
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ToyData) and self.has_head and data.context_length < 1:
+            raise bad_value("context_length", data.context_length, "at least 1 with a head", "change --data.context_length")
+        if self.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
+            raise bad_value("trainer.max_steps", trainer.max_steps, f"at least 1 with lr_schedule={self.lr_schedule}", "set it")
+
+    def on_fit_start(self) -> None:
+        """Count steps with the trainer."""
+        self._loaded_step = 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember which training step the weights stand for (``test`` does not restore the trainer's counter)."""
+        self._loaded_step = int(checkpoint.get("global_step", 0))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Losses:
+        """Losses of one draw; ``loss`` is their sum over instances."""
+        losses = self.losses(batch)
+        return {"loss": losses["loss/total"].sum(), **losses}
+
+    @torch.no_grad()
+    def current_losses(self) -> Losses:
+        """Losses of the current weights on the draw of the current step: what the next training step would see."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ToyData):
+            return {}
+        return self.losses(data.draw(self.trainer.global_step, device=self.device))
+
+    def configure_optimizers(self) -> Any:
+        """Adam or AdamW with the schedule, stepped after every update."""
+        options: dict[str, Any] = {"lr": self.learning_rate, "fused": True}
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), weight_decay=self.weight_decay, **options)
+        else:
+            optimizer = torch.optim.Adam(self.parameters(), **options)
+        if self.lr_schedule == "constant":
+            return optimizer
+        total = self.trainer.max_steps
+        if self.lr_schedule == "cosine":
+            schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+        else:
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each instance by its own norm: a common norm would let instances slow each other down."""
+        if not gradient_clip_val:
+            return
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            return
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+        factor = (gradient_clip_val / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
+        for g in grads:
+            g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    # ---- held-out evaluation ---------------------------------------------------------------------------------------
+
+    def _begin_held_out(self) -> None:
+        self._held_out = {}
+
+    def _held_out_step(self, f: Tensor) -> Losses:
+        losses = self.losses(f)
+        for name, value in losses.items():
+            if name not in self._held_out:
+                self._held_out[name] = InstanceMean(tuple(value.shape)).to(value.device)
+            self._held_out[name].update(value, weight=f.shape[1])
+        return losses
+
+    def _end_held_out(self) -> None:
+        self.log_dict({name: metric.compute().mean() for name, metric in self._held_out.items()})
+
+    on_validation_epoch_start = _begin_held_out
+    on_test_epoch_start = _begin_held_out
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Losses:
+        """Losses of one held-out draw."""
+        return self._held_out_step(batch)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> Losses:
+        """Losses of one held-out draw."""
+        return self._held_out_step(batch)
+
+    on_validation_epoch_end = _end_held_out
+    on_test_epoch_end = _end_held_out
+
+
+def _normal(seed: int, N: int, D: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal numbers for W [D, N], W_Q and W_K [H, D], from one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=generator)
+    return normal(D, N), normal(H, D), normal(H, D)
+
+
+def _importance(importance: PerInstance | list[list[float]], N: int, I: int) -> Float[Tensor, "I N"]:  # noqa: E741
+    if isinstance(importance, list) and importance and isinstance(importance[0], list):
+        rows: list[Any] = importance
+        lengths = {len(row) for row in rows}
+        if len(rows) not in (1, I) or lengths != {N}:
+            raise InputError(
+                f"importance has {len(rows)} rows of {sorted(lengths)} weights. Allowed: 1 or {I} rows (instances) of {N} "
+                "weights (features). Fix: change --model.importance."
+            )
+        weights = torch.stack([per_instance("importance", row, N, low=0) for row in rows]).expand(I, N)
+        return weights.clone()
+    decay = per_instance("importance", importance, I, low=0)  # type: ignore[arg-type]
+    return decay[:, None] ** torch.arange(N, dtype=torch.float64)
+
+
+def check_state_fits(model: ToyAttentionModel, state: Mapping[str, Tensor]) -> None:
+    """Check that weights from a checkpoint fit a model.
+
+    Raises:
+        InputError: Names or shapes differ.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    other = {name: tuple(value.shape) for name, value in state.items()}
+    if own != other:
+        raise InputError(
+            f"the checkpoint does not fit the model: it holds {other}, the model has {own}. "
+            "Fix: use the sizes of the run that made the checkpoint (its config.yaml)."
+        )
