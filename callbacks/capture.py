@@ -1,9 +1,10 @@
 """Capture: takes probes on schedule, has the metric callbacks measure them, and hands the rows on.
 
 A row stands for one training step t: the weights after t updates, and the losses of these weights on the draw of step
-t. Taking a probe costs a few copies. Probes are measured in chunks, all steps of a chunk in one batched call, by one
-worker thread off the training path; so are the writing and the logging. Chunks are cut by their number of rows and at
-checkpoints alone, never by the clock.
+t. Taking a probe costs a few copies. Probes are measured in chunks, many steps in one batched call; the training pauses
+for it and lends its threads, since measuring beside it on the same cores was found to cost more than that. Writing and
+logging are done by a thread of their own, off the training path. Chunks are cut where the number of rows since step 0
+is a multiple of ``chunk``, and at checkpoints; never by the clock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +50,18 @@ class Rows:
     values: dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> (dimensions after "step", array [K, ...])
     batch_dims: tuple[str, ...]  # the probe's own, e.g. ("instance",)
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
+
+    @staticmethod
+    def concatenate(parts: list[Rows]) -> Rows:
+        """Rows of consecutive parts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        values = {
+            name: (dims, np.concatenate([part.values[name][1] for part in parts]))
+            for name, (dims, _) in first.values.items()
+        }
+        return Rows(np.concatenate([part.steps for part in parts]), values, first.batch_dims, first.coords)
 
     def scalars(self) -> dict[str, np.ndarray]:
         """The quantities with no dimensions but the probe's: arrays [K, *batch]."""
@@ -85,7 +99,7 @@ class ProbeMetric(Callback, ABC):
 
 
 class RowSink(Callback, ABC):
-    """A callback that takes measured rows, in order, on the worker thread."""
+    """A callback that takes measured rows, in order, on the writer's thread."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that someone hands rows on."""
@@ -141,9 +155,12 @@ class Capture(Callback):
         self._sinks: list[RowSink] = []
         self._pending: _Pending | None = None
         self._buffer: list[_Pending] = []
-        self._futures: deque[Future[Rows]] = deque()
-        self._worker: ThreadPoolExecutor | None = None
+        self._writing: deque[Future[None]] = deque()
+        self._writer: ThreadPoolExecutor | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._n_threads = 1
         self._diverged: set[tuple[int, ...]] = set()
+        self._n_rows = 0
 
     @staticmethod
     def of(trainer: Trainer) -> Capture:
@@ -171,6 +188,10 @@ class Capture(Callback):
         """Find who measures and who listens."""
         self._open(trainer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the rows that a resumed run has already."""
+        self._n_rows = sum(self.is_scheduled(step) for step in range(trainer.global_step))
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe of this step, before the update."""
         if self.is_scheduled(trainer.global_step):
@@ -190,7 +211,7 @@ class Capture(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Capture the final weights, and finish."""
-        if self._worker is None:
+        if self._writer is None:
             return
         self._pending = self._observe(pl_module)
         current_losses = getattr(pl_module, "current_losses", None)
@@ -249,32 +270,30 @@ class Capture(Callback):
 
     def flush(self, trainer: Trainer) -> None:
         """Measure, write and log the rows so far, and wait for it."""
-        self._submit(trainer)
-        while self._futures:
-            self._futures.popleft().result()
+        self._measure_buffer(trainer)
+        while self._writing:
+            self._writing.popleft().result()
 
     def close(self, trainer: Trainer) -> None:
-        """Flush, and end the worker; does nothing the second time."""
-        if self._worker is None:
+        """Flush, and end the threads; does nothing the second time."""
+        if self._writer is None or self._pool is None:
             return
         try:
             self.flush(trainer)
         finally:
-            self._futures.clear()
-            self._worker.shutdown()
-            self._worker = None
+            self._writing.clear()
+            self._writer.shutdown()
+            self._pool.shutdown()
+            self._writer = self._pool = None
 
     def _open(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._metrics = [c for c in callbacks if isinstance(c, ProbeMetric)]
         self._sinks = [c for c in callbacks if isinstance(c, RowSink)]
-        self._pending, self._buffer, self._diverged = None, [], set()
-        # One thread for the worker's tensor operations: a second team of OpenMP threads would fight with the first.
-        # set_num_threads also sets the default of threads yet to come, hence the second call.
-        n_threads = torch.get_num_threads()
-        self._worker = ThreadPoolExecutor(1, "svf-capture", initializer=lambda: torch.set_num_threads(1))
-        self._worker.submit(int).result()
-        torch.set_num_threads(n_threads)
+        self._pending, self._buffer, self._diverged, self._n_rows = None, [], set(), 0
+        self._n_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._n_threads, "svf-measure", initializer=_use_one_thread)
+        self._writer = ThreadPoolExecutor(1, "svf-write")
 
     @torch.no_grad()
     def _observe(self, pl_module: LightningModule) -> _Pending:
@@ -285,31 +304,35 @@ class Capture(Callback):
             return
         self._buffer.append(self._pending)
         self._pending = None
-        if len(self._buffer) >= self.chunk:
-            self._submit(trainer)
-        if self._futures and self._futures[0].done():
-            self._futures.popleft().result()  # raises what the worker raised
+        self._n_rows += 1
+        if self._n_rows % self.chunk == 0:
+            self._measure_buffer(trainer)
             if trainer.training:  # for progress bars, and for callbacks that monitor a metric
                 pl_module.log_dict(self.latest_means(), logger=False)
 
-    def _submit(self, trainer: Trainer) -> None:
-        if not self._buffer or self._worker is None:
+    def _measure_buffer(self, trainer: Trainer) -> None:
+        if not self._buffer or self._pool is None or self._writer is None:
             return
         chunk, self._buffer = self._buffer, []
-        while len(self._futures) >= _CHUNKS_IN_FLIGHT:  # memory stays flat if the worker is slower than the training
-            self._futures.popleft().result()
-        self._futures.append(self._worker.submit(self._process, chunk, trainer))
+        features, heads = chunk[0].probe.features, chunk[0].probe.heads
+        on_cpu = all(t is None or t.device.type == "cpu" for t in (features, heads and heads.W_Q))
+        n_parts = min(self._n_threads, len(chunk)) if on_cpu else 1
+        bounds = [len(chunk) * i // n_parts for i in range(n_parts + 1)]
+        parts = self._pool.map(self._measure, (chunk[a:b] for a, b in pairwise(bounds)))
+        rows = Rows.concatenate(list(parts))
+        torch.set_num_threads(self._n_threads)  # _use_one_thread also changed the default of threads yet to come
+        self.last = rows
+        self._check_finite(rows)
+        while len(self._writing) >= _CHUNKS_IN_FLIGHT:  # memory stays flat if the disk is slower than the training
+            self._writing.popleft().result()
+        self._writing.append(self._writer.submit(self._hand_on, rows, trainer))
 
-    @torch.inference_mode()
-    def _process(self, chunk: list[_Pending], trainer: Trainer) -> Rows:
-        rows = self._measure(chunk)
+    def _hand_on(self, rows: Rows, trainer: Trainer) -> None:
         for sink in self._sinks:
             sink.consume(rows)
-        self.last = rows
         self._log(rows, trainer)
-        self._check_finite(rows)
-        return rows
 
+    @torch.inference_mode()
     def _measure(self, chunk: list[_Pending]) -> Rows:
         probe = Probe.stack([pending.probe for pending in chunk])
         found: dict[str, Tensor | Measured] = {}
@@ -368,6 +391,17 @@ class Capture(Callback):
         if self.last is None:
             return {}
         return {name: float(values[-1].mean()) for name, values in self.last.scalars().items()}
+
+
+def _use_one_thread() -> None:
+    """Keep this thread's tensor operations to one core.
+
+    The threads of the pool share the work already; teams of OpenMP threads of their own would fight with each other and,
+    long after, with the training's team (measured: that doubles the time of a training step). A thread takes the
+    process's default at its first query of the number, so that query comes first.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _grid_index(step: int, per_decade: int) -> int:

@@ -17,7 +17,7 @@ class FeatureOrthogonality(ProbeMetric):
         orthogonality/interference: ||E_X||_2; orthogonality/dimensionality: mean over features of Elhage's D_i;
         orthogonality/antipodal: mean over features of minus their most negative cosine (1: all have an antipode).
 
-    Arrays: W [d_model, feature]; gram [feature, feature_2] (signed cosines); dimensionality [feature].
+    Arrays: W [d_model, feature]. (The Gram matrix follows from it; open_trajectory computes it.)
     """
 
     def measure(self, probe: Probe) -> Measurement:
@@ -29,15 +29,13 @@ class FeatureOrthogonality(ProbeMetric):
         attended = torch.zeros(W.shape[-1], dtype=torch.bool, device=W.device)
         attended[probe.pairs.flatten()] = True
         between, inside = attended_vs_rest(G, attended)
-        dimensionality = feature_dimensionality(W)
+        dimensionality = feature_dimensionality(W, G)
         n_rest = int((~attended).sum())
         found: dict[str, torch.Tensor | Measured] = {
             "orthogonality/interference": interference(W),
             "orthogonality/dimensionality": dimensionality.mean(-1),
             "orthogonality/antipodal": -G.amin(-1).mean(-1),
             "W": Measured(W, ("d_model", "feature")),
-            "gram": Measured(G, ("feature", "feature_2")),
-            "dimensionality": Measured(dimensionality, ("feature",)),
         }
         if n_rest >= 2:
             found["orthogonality/rest_vs_rest"] = inside

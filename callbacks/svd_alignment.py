@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import (
@@ -25,8 +27,9 @@ class SVDAlignment(ProbeMetric):
         matched pairs), alignment/matched (mean of the two), alignment/matched_min (weakest pair),
         alignment/subspace, alignment/logit_fidelity; with three pairs or more spectrum/target_spearman.
 
-    Arrays: singular_values [rank]; cosine_left, cosine_right [feature, rank] (absolute cosines); pair/left,
-    pair/right, pair/sigma, pair/index, pair/logit [pair].
+    Arrays: singular_values [rank]; U, V [d_model, rank]; pair/left, pair/right, pair/sigma, pair/index, pair/logit
+    [pair]. (The cosines of all features with all singular vectors follow from these and the features; open_trajectory
+    computes them.)
 
     Args:
         relative_gap: Singular values within this fraction of the matched one count as one block, in [0, 1).
@@ -59,16 +62,14 @@ class SVDAlignment(ProbeMetric):
             spectrum = {**spectrum, "spectrum/sigma_2": S[..., 1]}
         if probe.features is None:
             return spectrum
-        left, right = cosine_matrix(probe.features, svd.U), cosine_matrix(probe.features, svd.V)
-        cosines: Measurement = {
-            "cosine_left": Measured(left, ("feature", "rank")),
-            "cosine_right": Measured(right, ("feature", "rank")),
-        }
+        spectrum = {**spectrum, "U": Measured(svd.U, ("d_model", "rank")), "V": Measured(svd.V, ("d_model", "rank"))}
         if probe.pair_logits is None or len(probe.pairs) == 0:
-            return {**spectrum, **cosines}
-        found = align_pairs(left, right, S, probe.pairs, relative_gap=self.relative_gap)
-        matched = (found.left + found.right) / 2
+            return spectrum
         query, key = (probe.features[..., probe.pairs[:, side]] for side in (0, 1))
+        found = align_pairs(
+            cosine_matrix(query, svd.U), cosine_matrix(key, svd.V), S, relative_gap=self.relative_gap
+        )  # fmt: skip
+        matched = (found.left + found.right) / 2
         logit = probe.heads.bilinear(query, key)
         alignment: Measurement = {
             "alignment/left": found.left.mean(-1),
@@ -80,9 +81,9 @@ class SVDAlignment(ProbeMetric):
             "pair/left": Measured(found.left, ("pair",)),
             "pair/right": Measured(found.right, ("pair",)),
             "pair/sigma": Measured(found.sigma, ("pair",)),
-            "pair/index": Measured(found.index, ("pair",)),
+            "pair/index": Measured(found.index.to(torch.int32), ("pair",)),
             "pair/logit": Measured(logit, ("pair",)),
         }
         if len(probe.pairs) >= 3:
             alignment = {**alignment, "spectrum/target_spearman": spearman(found.sigma, probe.pair_logits)}
-        return {**spectrum, **cosines, **alignment}
+        return {**spectrum, **alignment}

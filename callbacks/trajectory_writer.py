@@ -59,4 +59,4 @@ class TrajectoryWriter(RowSink):
         values: dict[str, Any] = {
             name: value for name, value in rows.values.items() if self.include is None or name in self.include
         }
-        self._store.append({"step": ((), rows.steps), **values}, batch_dims=rows.batch_dims, coords=rows.coords)
+        self._store.append({"step": ((), rows.steps), **values}, rows.coords)

@@ -192,17 +192,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _parser_kwargs() -> dict[str, Any]:
     common = {"parser_mode": "omegaconf+", "exit_on_error": False}
-    each = {**common, "default_config_files": [str(_preset(_DEFAULTS))]}
+    each = {**common, "default_config_files": [str(preset_path(_DEFAULTS))]}
     return {**common, "description": __doc__, **{name: dict(each) for name in ToyCLI.subcommands()}}
 
 
-def _preset(name: str) -> Path:
+def preset_path(name: str) -> Path:
+    """File of a preset that travels with the package."""
     return Path(str(resources.files("svf_lightning.configs"))) / f"{name}.yaml"
 
 
 def presets() -> list[str]:
     """Names of the presets that travel with the package."""
-    return sorted(path.stem for path in _preset(_DEFAULTS).parent.glob("*.yaml") if path.stem != _DEFAULTS)
+    return sorted(path.stem for path in preset_path(_DEFAULTS).parent.glob("*.yaml") if path.stem != _DEFAULTS)
 
 
 def _with_preset(args: list[str]) -> list[str]:
@@ -224,7 +225,7 @@ def _with_preset(args: list[str]) -> list[str]:
         return found
     checkpoint = next((_value(args, i) for i, a in enumerate(args) if a.split("=")[0] == "--ckpt_path"), None)
     run_dir = owner_of(Path(checkpoint)) if checkpoint else None
-    config = run_dir / CONFIG if run_dir else _preset(DEFAULT_PRESET)
+    config = run_dir / CONFIG if run_dir else preset_path(DEFAULT_PRESET)
     return [*found[: subcommand + 1], "--config", str(config), *found[subcommand + 1 :]]
 
 
@@ -238,7 +239,7 @@ def _config_file(given: str) -> str:
     if path.is_file():
         return given
     if path.stem in presets() and (len(path.parts) == 1 or path.parts[:-1] == ("configs",)):
-        return str(_preset(path.stem))
+        return str(preset_path(path.stem))
     raise InputError(
         f"--config {given}: there is no such file. Allowed: a YAML file, or one of the presets {', '.join(presets())}. "
         f"Fix: check the path. {closest(path.stem, presets())}".rstrip()

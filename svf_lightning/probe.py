@@ -6,7 +6,8 @@ replay of real checkpoints are two such modules; a user's own is a third.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -67,21 +68,19 @@ class Probe:
 
     def snapshot(self) -> Probe:
         """A copy that later training steps do not change (detached, same device)."""
-        copy = _detached_copy
-        return replace(
-            self,
-            heads=self.heads
-            and replace(
-                self.heads,
-                W_Q=copy(self.heads.W_Q),
-                W_K=copy(self.heads.W_K),
-                b_Q=copy(self.heads.b_Q),
-                b_K=copy(self.heads.b_K),
-            ),
-            features=copy(self.features),
-            queries=copy(self.queries),
-            keys=copy(self.keys),
-        )
+        return self._with(_detached_copy)
+
+    def _with(self, change: Callable[[Tensor | None], Tensor | None]) -> Probe:
+        """The same probe with its tensors changed alike; not checked again, as this is on the path of every step."""
+        probe = copy.copy(self)
+        if self.heads is not None:
+            heads = copy.copy(self.heads)
+            for name in ("W_Q", "W_K", "b_Q", "b_K"):
+                object.__setattr__(heads, name, change(getattr(self.heads, name)))
+            object.__setattr__(probe, "heads", heads)
+        for name in ("features", "queries", "keys"):
+            object.__setattr__(probe, name, change(getattr(self, name)))
+        return probe
 
     @staticmethod
     def stack(probes: Sequence[Probe]) -> Probe:

@@ -48,9 +48,9 @@ def check_free(run_dir: Path) -> None:
 
 def owner_of(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint belongs to, or None if it lies elsewhere."""
-    folder = checkpoint.absolute().parent
-    run_dir = folder.parent
-    return run_dir if folder.name == CHECKPOINTS and (run_dir / CONFIG).is_file() else None
+    folder = checkpoint.parent
+    run_dir = Path(os.path.relpath(folder.absolute().parent)) if not checkpoint.is_absolute() else folder.parent
+    return run_dir if folder.absolute().name == CHECKPOINTS and (run_dir / CONFIG).is_file() else None
 
 
 def write_text(path: Path, text: str) -> None:

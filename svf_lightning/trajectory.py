@@ -1,19 +1,26 @@
 """The labelled store of everything captured over time: one zarr group per run, opened as an xarray Dataset.
 
 How a row becomes visible: its chunks are written first, each by an atomic rename; then the consolidated metadata, one
-file that holds the shapes of all arrays and the number of rows, is replaced by an atomic rename. Readers look at the
-consolidated metadata alone, so they see a row in all arrays or in none, while a run goes on and after a kill.
+file that holds the shapes of all arrays, is replaced by an atomic rename. Readers look at the consolidated metadata
+alone, so they see a row in all arrays or in none, while a run goes on and after a kill.
+
+What can be recomputed is not stored: cosines and Gram matrices follow from the features and the singular vectors, and
+are computed when somebody looks at them, by the functions that the metrics use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 from svf_lightning.errors import InputError
+from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
+from svf_lightning.run_dir import write_text
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,23 +28,43 @@ if TYPE_CHECKING:
 
 FILE_NAME = "trajectory.zarr"
 FORMAT = 1
-_SCALARS = "scalars"
-_MAX_CHUNK_BYTES = 4 << 20
+_METADATA = ".zmetadata"
+_PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
+_CAPACITY = 1 << 40  # rows that the arrays' own metadata announce; the consolidated metadata know how many there are
 
 Column = tuple[tuple[str, ...], np.ndarray]
 
 
+class _Derivation(NamedTuple):
+    sources: tuple[str, ...]
+    dims: tuple[str, ...]  # trailing dimensions
+    compute: Callable[..., torch.Tensor]
+
+
+_DERIVED = {
+    "cosine_left": _Derivation(("W", "U"), ("feature", "rank"), cosine_matrix),
+    "cosine_right": _Derivation(("W", "V"), ("feature", "rank"), cosine_matrix),
+    "gram": _Derivation(("W",), ("feature", "feature_2"), gram),
+    "dimensionality": _Derivation(("W",), ("feature",), feature_dimensionality),
+}
+
+
 def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     """Everything that a run captured, as a lazily loaded xarray Dataset.
+
+    Scalars carry the metric names (``alignment/matched``). Arrays of the toy model: ``W`` [d_model, feature], ``U`` and
+    ``V`` [d_model, rank] (singular vectors; their signs are free), ``singular_values`` [rank], ``pair/left``,
+    ``pair/right``, ``pair/sigma``, ``pair/logit``, ``pair/index`` [pair], and, computed on access, ``cosine_left`` and
+    ``cosine_right`` [feature, rank] (absolute), ``gram`` [feature, feature_2] (signed), ``dimensionality`` [feature].
+
+    A row holds the weights after ``step`` updates and the losses of these weights on the draw of that step.
 
     Args:
         run_dir: A run directory (``runs/<experiment>/<run id>``). The run may still be going on.
 
     Returns:
         Dataset with the dimension ``step`` (the training step is its coordinate), the module's own batch dimensions
-        (``instance`` for the toy model) and named ones (``feature``, ``rank``, ``d_model``, ``pair``). Scalars carry
-        the metric names (``alignment/matched``); a row holds the weights after ``step`` updates and the losses of
-        these weights on the draw of that step.
+        (``instance`` for the toy model), and the named ones above.
 
     Raises:
         InputError: There is no trajectory, or it cannot be read.
@@ -46,22 +73,55 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
 
     path = Path(run_dir)
     path = path if path.suffix == ".zarr" else path / FILE_NAME
-    if not (path / ".zmetadata").is_file():
+    if not (path / _METADATA).is_file():
         raise InputError(
             f"{path} is not a trajectory. Allowed: a run directory with at least one captured row. "
             "Fix: pass the directory that `fit` printed as its last line."
         )
     try:
-        dataset = xr.open_zarr(path, consolidated=True, chunks=None)
-        dataset = dataset.isel(step=slice(0, dataset.attrs["n_rows"]))
-        names = dataset.attrs["scalars"]
+        raw = xr.open_zarr(path, consolidated=True, chunks=None)
+        coords = {name: raw[name] for name in raw.attrs["labels"]}
+        columns: dict[str, xr.DataArray] = {}
+        for pack, names in raw.attrs["packs"].items():
+            columns |= {name: raw[pack].isel(variable=i) for i, name in enumerate(names)}
+        dataset = xr.Dataset(columns, coords={"step": raw["step"].load(), **coords})
     except (KeyError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
-    scalars = {name: dataset[_SCALARS].isel(scalar=i) for i, name in enumerate(names)}
-    attributes = {k: v for k, v in dataset.attrs.items() if k not in ("n_rows", "scalars")}
-    dataset = dataset.drop_vars(_SCALARS).assign(scalars)
-    dataset.attrs = attributes
-    return dataset.rename({name: name.replace(".", "/") for name in dataset.data_vars if "." in str(name)})
+    derived = {
+        name: _derive(dataset, derivation)
+        for name, derivation in _DERIVED.items()
+        if all(source in dataset for source in derivation.sources)
+    }
+    return dataset.assign(derived)
+
+
+def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
+    """A variable that is computed when it is indexed, from those rows of its sources alone that are asked for."""
+    import xarray as xr
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+
+    sources = [dataset[name].variable for name in derivation.sources]
+    batch_dims = sources[0].dims[:-2]
+    sizes = {**dict(zip(sources[0].dims, sources[0].shape, strict=True)), **dataset.sizes}
+    sizes["feature_2"] = sizes["feature"]
+    dims = batch_dims + derivation.dims
+
+    class Derived(BackendArray):
+        shape = tuple(sizes[d] for d in dims)
+        dtype = sources[0].dtype
+
+        def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+            return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._compute)
+
+        def _compute(self, key: tuple[int | slice, ...]) -> np.ndarray:
+            n = len(batch_dims)
+            parts = [torch.tensor(source[key[:n]].values) for source in sources]
+            n_left = sum(isinstance(k, slice) for k in key[:n])
+            rest: Any = (slice(None),) * n_left + key[n:]
+            return np.asarray(derivation.compute(*parts).numpy()[rest])
+
+    return xr.Variable(dims, indexing.LazilyIndexedArray(Derived()))
 
 
 class TrajectoryStore:
@@ -69,125 +129,127 @@ class TrajectoryStore:
 
     Args:
         run_dir: The run directory; the store is its ``trajectory.zarr``.
-        rows_per_chunk: Rows that an :meth:`append` usually brings; storage chunks are multiples of it.
+        rows_per_chunk: Rows of a storage chunk. Appending so that chunks fill up without a rest is fastest.
     """
 
-    def __init__(self, run_dir: str | Path, *, rows_per_chunk: int = 64) -> None:
+    def __init__(self, run_dir: str | Path, *, rows_per_chunk: int = 128) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self.rows_per_chunk = rows_per_chunk
         self._group: zarr.Group | None = None
         self._arrays: dict[str, Any] = {}
+        self._metadata: dict[str, Any] = {}
+        self._n_rows = 0
 
     def __len__(self) -> int:
-        return int(self._open().attrs["n_rows"]) if self.exists else 0
+        if self.exists:
+            self._open()
+        return self._n_rows
 
     @property
     def exists(self) -> bool:
         """True once a row was written."""
-        return self._group is not None or (self.path / ".zmetadata").is_file()
+        return self._group is not None or (self.path / _METADATA).is_file()
 
-    def append(
-        self, columns: Mapping[str, Column], *, batch_dims: tuple[str, ...], coords: Mapping[str, Column] | None = None
-    ) -> None:
+    def append(self, columns: Mapping[str, Column], coords: Mapping[str, Column] | None = None) -> None:
         """Write rows and make them visible together.
 
         Args:
             columns: By name: (dimensions after ``step``, values [K, ...]). "step" must be among them, ascending.
-                Columns whose dimensions are just ``batch_dims`` are stored together as scalars.
-            batch_dims: The module's batch dimensions, e.g. ("instance",).
+                What open_trajectory derives is left out.
             coords: Labels without a step dimension; taken from the first call only.
 
         Raises:
             InputError: Names or shapes differ from those of the rows already there.
         """
-        scalars = sorted(name for name, (dims, _) in columns.items() if dims == batch_dims)
-        packed = {_SCALARS: ((*batch_dims, "scalar"), _pack([columns[name][1] for name in scalars]))} if scalars else {}
-        arrays = {name.replace("/", "."): column for name, column in columns.items() if name not in scalars} | packed
+        kept = {
+            name: column
+            for name, column in columns.items()
+            if name not in _DERIVED or not all(source in columns for source in _DERIVED[name].sources)
+        }
+        steps = kept.pop("step")[1]
+        packs = _pack(kept)
         if not self.exists:
-            self._create(arrays, scalars, coords or {})
+            self._create(packs, kept, coords or {})
         group = self._open()
-        if list(group.attrs["scalars"]) != scalars or set(self._arrays) != set(arrays):
+        known = {pack: (tuple(names), self._arrays[pack].shape[2:]) for pack, names in group.attrs["packs"].items()}  # type: ignore[union-attr]
+        offered = {pack: (tuple(names), kept[names[0]][1].shape[1:]) for pack, names in packs.items()}
+        if known != offered:
             raise InputError(
-                f"{self.path} holds other quantities than this run measures. Fix: resume with the callbacks of the "
-                "first run, or start a new run."
+                f"{self.path} holds other quantities than this run measures. Fix: resume with the sizes and the "
+                "callbacks of the first run, or start a new run."
             )
-        start = len(self)
-        stop = start + len(columns["step"][1])
-        for name, (_, values) in arrays.items():
-            array = self._arrays[name]
-            if array.shape[1:] != values.shape[1:]:
-                raise InputError(f"{self.path} holds {name} of shape {array.shape[1:]}, not {values.shape[1:]}")
-            if array.shape[0] != stop:
-                array.resize((stop, *array.shape[1:]))
-            array[start:stop] = values
-        self._commit(stop)
+        rows = slice(self._n_rows, self._n_rows + len(steps))
+        for pack, names in packs.items():
+            values = np.stack([kept[name][1] for name in names], axis=1) if len(names) > 1 else kept[names[0]][1][:, None]
+            self._arrays[pack][rows] = values
+        self._arrays["step"][rows] = steps
+        self._commit(rows.stop)
 
     def truncate(self, before_step: int) -> None:
         """Forget the rows of ``before_step`` and later, as a run that goes on from there will write them again."""
-        steps = np.asarray(self._open()["step"][: len(self)])
-        keep = int(np.searchsorted(steps, before_step))
-        self._commit(keep)  # readers let go of the rows before their chunks disappear
-        for array in self._arrays.values():
-            array.resize((keep, *array.shape[1:]))
-        self._commit(keep)
+        self._open()
+        steps = self._arrays["step"][: self._n_rows]
+        self._commit(int(np.searchsorted(steps, before_step)))
 
-    def _create(self, arrays: Mapping[str, Column], scalars: list[str], coords: Mapping[str, Column]) -> None:
+    def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], coords: Mapping[str, Column]) -> None:
         import zarr
         from numcodecs import Blosc
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
-        group.attrs.update(format=FORMAT, n_rows=0, scalars=scalars)
-        codec = Blosc(cname="zstd", clevel=1, shuffle=Blosc.BITSHUFFLE)
-        for name, (dims, values) in arrays.items():
-            row_bytes = max(1, values[0].nbytes)
-            rows = self.rows_per_chunk
-            while rows < 1024 and 2 * rows * row_bytes <= _MAX_CHUNK_BYTES:
-                rows *= 2
+        group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords))
+        layout = {
+            pack: ((len(names), *columns[names[0]][1].shape[1:]), ("variable", *columns[names[0]][0]), columns[names[0]][1].dtype)
+            for pack, names in packs.items()
+        }
+        for name, (shape, dims, dtype) in {**layout, "step": ((), (), np.dtype(np.int64))}.items():
             group.create_array(
                 name,
-                shape=(0, *values.shape[1:]),
-                chunks=(rows, *(max(1, size) for size in values.shape[1:])),
-                dtype=values.dtype,
-                compressors=codec,
+                shape=(0, *shape),
+                chunks=(self.rows_per_chunk, *(max(1, size) for size in shape)),
+                dtype=dtype,
+                order="F",  # time runs fastest inside a chunk: neighbouring steps differ little, so this packs best
+                compressors=Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE),
                 fill_value=None,
                 attributes={"_ARRAY_DIMENSIONS": ["step", *dims]},
             )
         for name, (dims, values) in coords.items():
             array = group.create_array(
-                name,
-                shape=values.shape,
-                dtype=values.dtype,
-                fill_value=None,
-                attributes={"_ARRAY_DIMENSIONS": list(dims)},
+                name, shape=values.shape, dtype=values.dtype, fill_value=None, attributes={"_ARRAY_DIMENSIONS": list(dims)}
             )
             array[...] = values
-        group.attrs["coordinates"] = " ".join(["step", *coords])
-        self._group = group
-        self._arrays = {name: group[name] for name in arrays}
+        self._open(group)
 
-    def _open(self) -> zarr.Group:
+    def _open(self, group: zarr.Group | None = None) -> zarr.Group:
         import zarr
 
         if self._group is None:
-            self._group = zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
-            # the consolidated copy is the truth about rows: a kill may have come before it was replaced
-            committed = zarr.open_group(self.path, mode="r", zarr_format=2, use_consolidated=True)
-            self._group.attrs["n_rows"] = committed.attrs["n_rows"]
-            self._arrays = {
-                name: array
-                for name, array in self._group.arrays()
-                if array.attrs["_ARRAY_DIMENSIONS"][0] == "step"  # type: ignore[index]
-            }
+            if group is None:
+                group = zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
+            else:
+                zarr.consolidate_metadata(group.store, zarr_format=2)
+            self._metadata = json.loads((self.path / _METADATA).read_text())
+            self._n_rows = self._metadata["metadata"]["step/.zarray"]["shape"][0]
+            self._arrays = {name: group[name] for name in (*group.attrs["packs"], "step")}  # type: ignore[misc]
+            for array in self._arrays.values():
+                if array.shape[0] != _CAPACITY:
+                    array.resize((_CAPACITY, *array.shape[1:]))
+            self._group = group
         return self._group
 
     def _commit(self, n_rows: int) -> None:
-        import zarr
+        """Make exactly the first rows visible."""
+        for name in self._arrays:
+            self._metadata["metadata"][f"{name}/.zarray"]["shape"][0] = n_rows
+        write_text(self.path / _METADATA, json.dumps(self._metadata))
+        self._n_rows = n_rows
 
-        self._open().attrs["n_rows"] = n_rows
-        zarr.consolidate_metadata(str(self.path), zarr_format=2)
 
-
-def _pack(values: list[np.ndarray]) -> np.ndarray:
-    dtype = np.result_type(*values)
-    return np.stack([v.astype(dtype, copy=False) for v in values], axis=-1)
+def _pack(columns: Mapping[str, Column]) -> dict[str, list[str]]:
+    """Which quantities share an array: small ones of the same dimensions, shape and type."""
+    packs: dict[str, list[str]] = {}
+    for name, (dims, values) in sorted(columns.items()):
+        small = values[0].nbytes < _PACK_BELOW
+        key = "-".join((*dims, values.dtype.str[1:])) if small else name.replace("/", "-")
+        packs.setdefault(key, []).append(name)
+    return packs

@@ -67,10 +67,9 @@ def match_pairs(left: Float[Tensor, "... P R"], right: Float[Tensor, "... P R"])
 
 
 def align_pairs(
-    left: Float[Tensor, "... N R"],
-    right: Float[Tensor, "... N R"],
+    left: Float[Tensor, "... P R"],
+    right: Float[Tensor, "... P R"],
     S: Float[Tensor, "... R"],
-    pairs: Int[Tensor, "P 2"],
     *,
     relative_gap: float = 0.1,
 ) -> PairAlignment:
@@ -81,13 +80,11 @@ def align_pairs(
     matched one, so it does not depend on that rotation.
 
     Args:
-        left: |cos(w_i, u_k)| of all features (:func:`cosine_matrix`).
-        right: |cos(w_j, v_k)| of all features.
+        left: |cos(w_i, u_k)| for the query feature i of each pair (:func:`cosine_matrix`).
+        right: |cos(w_j, v_k)| for the key feature j of each pair.
         S: Singular values.
-        pairs: (query feature, key feature) of each target pair.
         relative_gap: Width of a block, as a fraction of the matched singular value.
     """
-    left, right = left[..., pairs[:, 0], :], right[..., pairs[:, 1], :]
     index = match_pairs(left, right)
     found = index >= 0
     at = index.clamp_min(0)

@@ -9,7 +9,8 @@ from svf_lightning.errors import bad_value
 
 def unit_features(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D N"]:
     """Columns divided by their norm. A column that is zero has no direction and stays zero (a choice)."""
-    return features / features.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    length = features.square().sum(-2, keepdim=True).sqrt()
+    return features / length.clamp_min(torch.finfo(features.dtype).tiny)
 
 
 def gram(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N N"]:
@@ -39,21 +40,27 @@ def attended_vs_rest(
     size = gram.abs()
     a = attended.to(size.dtype)
     r = 1 - a
-    between = torch.einsum("...ij,i,j->...", size, a, r) / (a.sum() * r.sum())
-    inside = (torch.einsum("...ij,i,j->...", size, r, r) - (size.diagonal(dim1=-2, dim2=-1) * r).sum(-1)) / (
-        r.sum() * (r.sum() - 1)
-    )
+    to_rest = size @ r
+    between = (to_rest @ a) / (a.sum() * r.sum())
+    inside = (to_rest @ r - size.diagonal(dim1=-2, dim2=-1) @ r) / (r.sum() * (r.sum() - 1))
     return between, inside
 
 
-def feature_dimensionality(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N"]:
+def feature_dimensionality(
+    features: Float[Tensor, "... D N"], cosines: Float[Tensor, "... N N"] | None = None
+) -> Float[Tensor, "... N"]:
     """``D_i = |w_i|^2 / sum_j (x_i . w_j)^2`` (Elhage et al. 2022, *Toy Models of Superposition*).
+
+    Args:
+        features: W.
+        cosines: :func:`gram` of the features, if it is there already.
 
     Returns:
         In [0, 1]: 1 for a feature with a dimension of its own, 1/2 for one of an antipodal pair, 0 for a zero column.
     """
-    overlap = (unit_features(features).mT @ features).square().sum(-1)
+    cosines = gram(features) if cosines is None else cosines
     size = features.square().sum(-2)
+    overlap = (cosines.square() @ size[..., None]).squeeze(-1)
     return size / overlap.clamp_min(torch.finfo(features.dtype).tiny)
 
 

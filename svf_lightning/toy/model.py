@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import InstanceMean
-from svf_lightning.probe import Probe
+from svf_lightning.probe import Coordinate, Probe
 from svf_lightning.toy.features import ToyData
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
 from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
@@ -118,6 +118,12 @@ class ToyAttentionModel(pl.LightningModule):
         if self.has_head:
             self.W_Q = nn.Parameter(W_Q * (init_head_scale / H**0.5))  # [I, H, D]
             self.W_K = nn.Parameter(W_K * (init_head_scale / H**0.5))
+        coords: dict[str, Coordinate] = {"seed": (("instance",), self.seeds), "lambda_attn": (("instance",), lambdas)}
+        if self.has_head:
+            coords["query_feature"] = (("pair",), self.template.pairs[:, 0])
+            coords["key_feature"] = (("pair",), self.template.pairs[:, 1])
+            coords["target_logit"] = (("instance", "pair"), self.template.logits)
+        self._coords = coords
         self._loaded_step = 0
         self._held_out: dict[str, InstanceMean] = {}
 
@@ -164,18 +170,13 @@ class ToyAttentionModel(pl.LightningModule):
 
     def probe(self) -> Probe:
         """Heads and features as they are now, with the leading dimension "instance"."""
-        coords: dict[str, Any] = {"seed": (("instance",), self.seeds), "lambda_attn": (("instance",), self.lambda_attn)}
-        if self.has_head:
-            coords["query_feature"] = (("pair",), self.pairs[:, 0])
-            coords["key_feature"] = (("pair",), self.pairs[:, 1])
-            coords["target_logit"] = (("instance", "pair"), self.pair_logits)
         return Probe(
             step=max(self.global_step, self._loaded_step),
             heads=AttentionHeads(self.W_Q, self.W_K) if self.has_head else None,
             features=self.W,
             pairs=self.pairs,
             pair_logits=self.pair_logits if self.has_head else None,
-            coords=coords,
+            coords=self._coords,
         )
 
     # ---- training --------------------------------------------------------------------------------------------------
