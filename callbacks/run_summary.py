@@ -13,10 +13,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from svf_lightning.callbacks.capture import Capture
 from svf_lightning.claims import Claim, Verdict, judge
-from svf_lightning.errors import InputError
 from svf_lightning.metrics import time_of_change
 from svf_lightning.run_dir import SUMMARY, versions, write_json
-from svf_lightning.trajectory import open_trajectory
+from svf_lightning.trajectory import TrajectoryStore, open_trajectory
 
 # what happens when (method, section 3), by the metric whose change is timed
 _DYNAMICS = {
@@ -120,10 +119,10 @@ class RunSummary(Callback):
         metrics = {name: values[-1].reshape(-1) for name, values in capture.last.scalars().items()}
         if trainer.state.fn != "fit":
             return metrics
-        try:
-            trajectory = open_trajectory(self.run_dir or trainer.default_root_dir)
-        except InputError:  # no TrajectoryWriter
+        run_dir = self.run_dir or trainer.default_root_dir
+        if not TrajectoryStore(run_dir).exists:  # no TrajectoryWriter
             return metrics
+        trajectory = open_trajectory(run_dir)
         steps = torch.tensor(trajectory["step"].values)
         for name, source in _DYNAMICS.items():
             if source in trajectory:

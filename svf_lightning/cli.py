@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -75,6 +76,19 @@ class ToyCLI(LightningCLI):
         parser.add_class_arguments(Experiment, "experiment")
         parser.link_arguments("model.n_features", "data.n_features")
         parser.link_arguments("model.n_instances", "data.n_instances")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in this program's words what cannot be parsed.
+
+        Raises:
+            InputError: An unknown option or key, a value of the wrong type, an unknown command.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            command = next((a for a in args if a in self._subcommand_parsers), None)
+            known = list(self._subcommand_parsers[command].get_defaults(skip_validation=True).keys()) if command else []
+            raise InputError(_explain(" ".join(str(error).split()), command, known, _config_files(args))) from error
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user wrote it; Lightning would override it by the checkpoint's settings."""
@@ -229,6 +243,12 @@ def _with_preset(args: list[str]) -> list[str]:
     return [*found[: subcommand + 1], "--config", str(config), *found[subcommand + 1 :]]
 
 
+def _config_files(args: Sequence[str]) -> list[str]:
+    """The configuration files that a command line names."""
+    flags = ("--config", "-c")
+    return [_value(list(args), i) for i, arg in enumerate(args) if arg.split("=", 1)[0] in flags]
+
+
 def _value(args: list[str], i: int) -> str:
     return args[i].split("=", 1)[1] if "=" in args[i] else (args[i + 1] if i + 1 < len(args) else "")
 
@@ -241,8 +261,8 @@ def _config_file(given: str) -> str:
     if path.stem in presets() and (len(path.parts) == 1 or path.parts[:-1] == ("configs",)):
         return str(preset_path(path.stem))
     raise InputError(
-        f"--config {given}: there is no such file. Allowed: a YAML file, or one of the presets {', '.join(presets())}. "
-        f"Fix: check the path. {closest(path.stem, presets())}".rstrip()
+        f"--config {given}: there is no such file. {_suggest(path.stem, presets())}"
+        f"Allowed: a YAML file, or one of the presets {', '.join(presets())}. Fix: check the path."
     )
 
 
@@ -289,6 +309,27 @@ def _quiet_the_libraries() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation inside fit
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _explain(message: str, command: str | None, known: list[str], files: list[str]) -> str:
+    """jsonargparse's message as: what was wrong, what is allowed, what to do."""
+    if command is None:
+        commands = ", ".join(ToyCLI.subcommands())
+        return f"no such command ({message}). Allowed: {commands}. Fix: try `python -m svf_lightning fit`."
+    see = f"`python -m svf_lightning {command} --help` lists them"
+    if found := re.match(r"unrecognized arguments: --(\S+)", message):
+        name = found[1].split("=")[0]
+        return f"unknown option --{name}. {_suggest(name, known)}Allowed: the options of {command}; {see}."
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return f"unknown key {found[1]} in {' or '.join(files)}. {_suggest(found[1], known)}Allowed: the options of {command}; {see}."
+    if found := re.match(r'Parser key "([^"]+)": (.*)', message):
+        return f"{found[1]} is not usable: {found[2].rstrip('.')}. Fix: change --{found[1]}; `{command} --help` describes it."
+    return f"{message.rstrip('.')} (in {' or '.join(files)}). Fix: correct it; {see}."
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    suggestion = closest(name, known)
+    return f"{suggestion[0].upper()}{suggestion[1:]} " if suggestion else ""
 
 
 def _one_line(error: Exception) -> str:

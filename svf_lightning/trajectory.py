@@ -83,7 +83,7 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
         coords = {name: raw[name] for name in raw.attrs["labels"]}
         columns: dict[str, xr.DataArray] = {}
         for pack, names in raw.attrs["packs"].items():
-            columns |= {name: raw[pack].isel(variable=i) for i, name in enumerate(names)}
+            columns |= {name: raw[pack].isel({f"{pack}:names": i}) for i, name in enumerate(names)}
         dataset = xr.Dataset(columns, coords={"step": raw["step"].load(), **coords})
     except (KeyError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
@@ -199,7 +199,7 @@ class TrajectoryStore:
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
         group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords))
         layout = {
-            pack: ((len(names), *columns[names[0]][1].shape[1:]), ("variable", *columns[names[0]][0]), columns[names[0]][1].dtype)
+            pack: ((len(names), *columns[names[0]][1].shape[1:]), (f"{pack}:names", *columns[names[0]][0]), columns[names[0]][1].dtype)
             for pack, names in packs.items()
         }
         for name, (shape, dims, dtype) in {**layout, "step": ((), (), np.dtype(np.int64))}.items():
