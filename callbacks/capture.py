@@ -146,7 +146,11 @@ class Capture(Callback):
     """
 
     def __init__(self, every_n_steps: int = 1, log_spaced: int = 0, chunk: int = 128) -> None:
-        for name, value, low in (("every_n_steps", every_n_steps, 1), ("log_spaced", log_spaced, 0), ("chunk", chunk, 1)):
+        for name, value, low in (
+            ("every_n_steps", every_n_steps, 1),
+            ("log_spaced", log_spaced, 0),
+            ("chunk", chunk, 1),
+        ):
             if value < low:
                 raise bad_value(name, value, f"an integer >= {low}", "change the Capture callback")
         self.every_n_steps, self.log_spaced, self.chunk = every_n_steps, log_spaced, chunk
@@ -232,14 +236,26 @@ class Capture(Callback):
         self._open(trainer)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """As for a test batch, in stand-alone validation."""
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """One row for each step that the module's probe stands for; batches of one step share a row."""
         step = int(pl_module.probe().step)  # type: ignore[operator]
@@ -314,9 +330,7 @@ class Capture(Callback):
         if not self._buffer or self._pool is None or self._writer is None:
             return
         chunk, self._buffer = self._buffer, []
-        features, heads = chunk[0].probe.features, chunk[0].probe.heads
-        on_cpu = all(t is None or t.device.type == "cpu" for t in (features, heads and heads.W_Q))
-        n_parts = min(self._n_threads, len(chunk)) if on_cpu else 1
+        n_parts = min(self._n_threads, len(chunk)) if chunk[0].probe.is_on_cpu else 1
         bounds = [len(chunk) * i // n_parts for i in range(n_parts + 1)]
         parts = self._pool.map(self._measure, (chunk[a:b] for a, b in pairwise(bounds)))
         rows = Rows.concatenate(list(parts))
@@ -396,8 +410,8 @@ class Capture(Callback):
 def _use_one_thread() -> None:
     """Keep this thread's tensor operations to one core.
 
-    The threads of the pool share the work already; teams of OpenMP threads of their own would fight with each other and,
-    long after, with the training's team (measured: that doubles the time of a training step). A thread takes the
+    The threads of the pool share the work already; teams of OpenMP threads of their own would fight with each other
+    and, long after, with the training's team (measured: that doubles the time of a training step). A thread takes the
     process's default at its first query of the number, so that query comes first.
     """
     torch.get_num_threads()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from svf_lightning import __version__
 from svf_lightning.claims import Claim
@@ -71,7 +72,10 @@ class ToyCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What the project adds, and the sizes that are written once."""
         parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Directory of this run (default: runs/<experiment.name>/<id>)."
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Directory of this run (default: runs/<experiment.name>/<id>).",
         )
         parser.add_class_arguments(Experiment, "experiment")
         parser.link_arguments("model.n_features", "data.n_features")
@@ -97,9 +101,11 @@ class ToyCLI(LightningCLI):
         """Choose the run directory, and tell it to everything that writes."""
         config = self.config[self.subcommand]
         parser = self._parser(self.subcommand)
-        settings = Namespace({k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")})
+        settings = Namespace(  # type: ignore[no-untyped-call]
+            {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
+        )
         self.config_text = parser.dump(settings, skip_none=False, skip_validation=True)
-        self.checkpoint = _find_checkpoint(config.get("ckpt_path"), self.subcommand)
+        self.checkpoint = _find_checkpoint(config.get("ckpt_path"), str(self.subcommand))
         experiment = config.experiment
         self.resumed = owner_of(self.checkpoint) if self.checkpoint and self.subcommand == "fit" else None
         if config.run_dir is not None:
@@ -284,7 +290,7 @@ def _find_checkpoint(given: str | None, subcommand: str) -> Path | None:
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(saved["state_dict"], dict)
         assert isinstance(saved["global_step"], int)
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
@@ -312,7 +318,7 @@ def _quiet_the_libraries() -> None:
 
 
 def _explain(message: str, command: str | None, known: list[str], files: list[str]) -> str:
-    """jsonargparse's message as: what was wrong, what is allowed, what to do."""
+    """The parser's message as: what was wrong, what is allowed, what to do."""
     if command is None:
         commands = ", ".join(ToyCLI.subcommands())
         return f"no such command ({message}). Allowed: {commands}. Fix: try `python -m svf_lightning fit`."
@@ -321,9 +327,13 @@ def _explain(message: str, command: str | None, known: list[str], files: list[st
         name = found[1].split("=")[0]
         return f"unknown option --{name}. {_suggest(name, known)}Allowed: the options of {command}; {see}."
     if found := re.search(r"does not accept option '([^']+)'", message):
-        return f"unknown key {found[1]} in {' or '.join(files)}. {_suggest(found[1], known)}Allowed: the options of {command}; {see}."
+        where = " or ".join(files)
+        return (
+            f"unknown key {found[1]} in {where}. {_suggest(found[1], known)}Allowed: the options of {command}; {see}."
+        )
     if found := re.match(r'Parser key "([^"]+)": (.*)', message):
-        return f"{found[1]} is not usable: {found[2].rstrip('.')}. Fix: change --{found[1]}; `{command} --help` describes it."
+        name, reason = found[1], found[2].rstrip(".")
+        return f"{name} is not usable: {reason}. Fix: change --{name}; `{command} --help` describes it."
     return f"{message.rstrip('.')} (in {' or '.join(files)}). Fix: correct it; {see}."
 
 

@@ -62,7 +62,10 @@ class AttentionHeads:
         for name, bias in (("b_Q", self.b_Q), ("b_K", self.b_K)):
             if bias is not None and bias.shape != self.W_Q.shape[:-1]:
                 raise bad_value(
-                    f"{name}.shape", tuple(bias.shape), f"{tuple(self.W_Q.shape[:-1])}, from W_Q", "pass one bias per row"
+                    f"{name}.shape",
+                    tuple(bias.shape),
+                    f"{tuple(self.W_Q.shape[:-1])}, from W_Q",
+                    "pass one bias per row",
                 )
 
     @property
@@ -121,7 +124,7 @@ def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tens
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         failed = ~_accurate(matrix, U, S, Vh)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         *batch, n, m = matrix.shape
         U, S, Vh = (matrix.new_zeros(*batch, *s) for s in ((n, min(n, m)), (min(n, m),), (min(n, m), m)))
         failed = torch.ones(batch, dtype=torch.bool, device=matrix.device)

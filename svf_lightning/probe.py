@@ -1,7 +1,7 @@
 """The one thing that a module hands to a callback.
 
-A module works with every callback of this package as soon as it has a method ``probe() -> Probe``. The toy model and the
-replay of real checkpoints are two such modules; a user's own is a third.
+A module works with every callback of this package as soon as it has a method ``probe() -> Probe``. The toy model and
+the replay of real checkpoints are two such modules; a user's own is a third.
 """
 
 from __future__ import annotations
@@ -64,7 +64,15 @@ class Probe:
             if tensor is not None
         }
         if len(set(shapes.values())) > 1:
-            raise bad_value("Probe", shapes, f"one shape for the dimensions {self.batch_dims}", "expand the smaller one")
+            raise bad_value(
+                "Probe", shapes, f"one shape for the dimensions {self.batch_dims}", "expand the smaller one"
+            )
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """True if no tensor lives on an accelerator."""
+        tensors = (self.features, self.heads.W_Q if self.heads else None, self.queries, self.keys)
+        return all(t is None or t.device.type == "cpu" for t in tensors)
 
     def snapshot(self) -> Probe:
         """A copy that later training steps do not change (detached, same device)."""

@@ -43,7 +43,9 @@ def check_free(run_dir: Path) -> None:
         )
     existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
     if not os.access(existing, os.W_OK):
-        raise InputError(f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir.")
+        raise InputError(
+            f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir."
+        )
 
 
 def owner_of(checkpoint: Path) -> Path | None:
@@ -91,7 +93,9 @@ def versions() -> dict[str, str]:
         git = ["git", "-C", str(source)]
         try:
             commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-            status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+            status = subprocess.run(
+                [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return found
         found["commit"] = commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")

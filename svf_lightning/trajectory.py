@@ -171,7 +171,8 @@ class TrajectoryStore:
         if not self.exists:
             self._create(packs, kept, coords or {})
         group = self._open()
-        known = {pack: (tuple(names), self._arrays[pack].shape[2:]) for pack, names in group.attrs["packs"].items()}  # type: ignore[union-attr]
+        stored: Any = group.attrs["packs"]
+        known = {pack: (tuple(names), self._arrays[pack].shape[2:]) for pack, names in stored.items()}
         offered = {pack: (tuple(names), kept[names[0]][1].shape[1:]) for pack, names in packs.items()}
         if known != offered:
             raise InputError(
@@ -180,7 +181,9 @@ class TrajectoryStore:
             )
         rows = slice(self._n_rows, self._n_rows + len(steps))
         for pack, names in packs.items():
-            values = np.stack([kept[name][1] for name in names], axis=1) if len(names) > 1 else kept[names[0]][1][:, None]
+            values = (
+                np.stack([kept[name][1] for name in names], axis=1) if len(names) > 1 else kept[names[0]][1][:, None]
+            )
             self._arrays[pack][rows] = values
         self._arrays["step"][rows] = steps
         self._commit(rows.stop)
@@ -191,7 +194,9 @@ class TrajectoryStore:
         steps = self._arrays["step"][: self._n_rows]
         self._commit(int(np.searchsorted(steps, before_step)))
 
-    def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], coords: Mapping[str, Column]) -> None:
+    def _create(
+        self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], coords: Mapping[str, Column]
+    ) -> None:
         import zarr
         from numcodecs import Blosc
 
@@ -199,7 +204,11 @@ class TrajectoryStore:
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
         group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords))
         layout = {
-            pack: ((len(names), *columns[names[0]][1].shape[1:]), (f"{pack}:names", *columns[names[0]][0]), columns[names[0]][1].dtype)
+            pack: (
+                (len(names), *columns[names[0]][1].shape[1:]),
+                (f"{pack}:names", *columns[names[0]][0]),
+                columns[names[0]][1].dtype,
+            )
             for pack, names in packs.items()
         }
         for name, (shape, dims, dtype) in {**layout, "step": ((), (), np.dtype(np.int64))}.items():
@@ -215,7 +224,11 @@ class TrajectoryStore:
             )
         for name, (dims, values) in coords.items():
             array = group.create_array(
-                name, shape=values.shape, dtype=values.dtype, fill_value=None, attributes={"_ARRAY_DIMENSIONS": list(dims)}
+                name,
+                shape=values.shape,
+                dtype=values.dtype,
+                fill_value=None,
+                attributes={"_ARRAY_DIMENSIONS": list(dims)},
             )
             array[...] = values
         self._open(group)

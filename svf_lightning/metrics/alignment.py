@@ -16,7 +16,7 @@ from svf_lightning.metrics.geometry import unit_features
 class PairAlignment(NamedTuple):
     """What each of P target pairs (query feature i, key feature j) finds in the singular basis."""
 
-    index: Int[Tensor, "... P"]  # matched singular index k, from 0; -1 if P > R left none for this pair
+    index: Int[Tensor, "... P"]  # type: ignore[assignment]  # matched singular index k, from 0; -1 if P > R left none for this pair
     left: Float[Tensor, "... P"]  # |cos(w_i, u_k)|, in [0, 1]; 0 where unmatched
     right: Float[Tensor, "... P"]  # |cos(w_j, v_k)|, in [0, 1]; 0 where unmatched
     sigma: Float[Tensor, "... P"]  # sigma_k, >= 0; 0 where unmatched
@@ -24,9 +24,7 @@ class PairAlignment(NamedTuple):
     subspace_right: Float[Tensor, "... P"]  # the same for w_j
 
 
-def cosine_matrix(
-    features: Float[Tensor, "... D N"], vectors: Float[Tensor, "... D R"]
-) -> Float[Tensor, "... N R"]:
+def cosine_matrix(features: Float[Tensor, "... D N"], vectors: Float[Tensor, "... D R"]) -> Float[Tensor, "... N R"]:
     """Absolute cosines |cos(w_i, u_k)| between columns, in [0, 1]; 0 for a column that is zero.
 
     Raises:
@@ -109,7 +107,7 @@ def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "...
 
 
 def spearman(x: Float[Tensor, "... P"], y: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
-    """Spearman rank correlation along the last dimension, ties at their mean rank; in [-1, 1], NaN if one is constant."""
+    """Spearman rank correlation along the last dimension, ties at their mean rank; in [-1, 1], NaN for a constant."""
 
     def centred_ranks(values: Tensor) -> Tensor:
         below = (values[..., None, :] < values[..., :, None]).sum(-1)

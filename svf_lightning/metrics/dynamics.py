@@ -27,7 +27,9 @@ def time_of_change(
         InputError: Empty series, or lengths that differ.
     """
     if len(series) == 0 or len(series) != len(steps):
-        raise bad_value("series", len(series), f"as many values as steps ({len(steps)}), at least one", "pass both from one run")
+        raise bad_value(
+            "series", len(series), f"as many values as steps ({len(steps)}), at least one", "pass both from one run"
+        )
     way = series[-1] - series[0]
     progress = (series - series[0]) / way
     reached = progress >= fraction

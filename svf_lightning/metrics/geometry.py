@@ -36,7 +36,9 @@ def attended_vs_rest(
         InputError: The mask does not have one entry per feature.
     """
     if attended.shape != gram.shape[-1:]:
-        raise bad_value("attended.shape", tuple(attended.shape), f"({gram.shape[-1]},), one entry per feature", "pass N")
+        raise bad_value(
+            "attended.shape", tuple(attended.shape), f"({gram.shape[-1]},), one entry per feature", "pass N"
+        )
     size = gram.abs()
     a = attended.to(size.dtype)
     r = 1 - a

@@ -10,7 +10,7 @@ def n_significant(S: Float[Tensor, "... R"], threshold: float = 0.05) -> Int[Ten
     Returns:
         Count in 0..R; 0 for a head that is zero.
     """
-    return (S > threshold * S[..., :1]).sum(-1)
+    return (threshold * S[..., :1] < S).sum(-1)
 
 
 def stable_rank(S: Float[Tensor, "... R"]) -> Float[Tensor, "..."]:

@@ -80,7 +80,9 @@ class ToyData(pl.LightningDataModule):
         if streams not in ("shared", "separate"):
             raise bad_value("streams", streams, "'shared' or 'separate'", "change --data.streams")
         if streams == "shared" and not isinstance(seed, int):
-            raise bad_value("data.seed", seed, "one integer, as all instances share one stream", "set --data.streams=separate")
+            raise bad_value(
+                "data.seed", seed, "one integer, as all instances share one stream", "set --data.streams=separate"
+            )
         self.seeds: Sequence[int] = (
             instance_seeds(seed, n_instances, key="data.seed")
             if streams == "separate"

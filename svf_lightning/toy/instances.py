@@ -40,7 +40,9 @@ def per_instance(
     """
     values = [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
     key = key or f"model.{name}"
-    if len(values) not in (1, n_instances) or (len(values) == 1 and not isinstance(value, (int, float)) and n_instances != 1):
+    if len(values) not in (1, n_instances) or (
+        len(values) == 1 and not isinstance(value, (int, float)) and n_instances != 1
+    ):
         raise InputError(
             f"{name} has {len(values)} values for {n_instances} instances. Allowed: one number, or one per instance. "
             f"Fix: set --model.n_instances={len(values)}, or give --{key} one number."

@@ -90,7 +90,9 @@ class ToyAttentionModel(pl.LightningModule):
         if optimizer not in ("adam", "adamw"):
             raise bad_value("optimizer", optimizer, "'adam' or 'adamw'", "change --model.optimizer")
         if lr_schedule not in ("constant", "cosine", "linear"):
-            raise bad_value("lr_schedule", lr_schedule, "'constant', 'cosine' or 'linear'", "change --model.lr_schedule")
+            raise bad_value(
+                "lr_schedule", lr_schedule, "'constant', 'cosine' or 'linear'", "change --model.lr_schedule"
+            )
         per_instance("learning_rate", learning_rate, 1, low=0, open_low=True)
         per_instance("weight_decay", weight_decay, 1, low=0)
         if weight_decay and optimizer == "adam":
@@ -190,15 +192,24 @@ class ToyAttentionModel(pl.LightningModule):
         trainer = self.trainer
         if trainer.accumulate_grad_batches != 1:
             raise bad_value(
-                "trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, "1", "raise --data.batch_size instead"
+                "trainer.accumulate_grad_batches",
+                trainer.accumulate_grad_batches,
+                "1",
+                "raise --data.batch_size instead",
             )
         if trainer.world_size != 1:
-            raise bad_value("trainer.devices", trainer.world_size, "1", "instances already train side by side on one device")
+            raise bad_value(
+                "trainer.devices", trainer.world_size, "1", "instances already train side by side on one device"
+            )
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ToyData) and self.has_head and data.context_length < 1:
-            raise bad_value("context_length", data.context_length, "at least 1 with a head", "change --data.context_length")
+            raise bad_value(
+                "context_length", data.context_length, "at least 1 with a head", "change --data.context_length"
+            )
         if self.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
-            raise bad_value("trainer.max_steps", trainer.max_steps, f"at least 1 with lr_schedule={self.lr_schedule}", "set it")
+            raise bad_value(
+                "trainer.max_steps", trainer.max_steps, f"at least 1 with lr_schedule={self.lr_schedule}", "set it"
+            )
 
     def on_fit_start(self) -> None:
         """Count steps with the trainer."""
@@ -300,8 +311,8 @@ def _importance(importance: PerInstance | list[list[float]], N: int, I: int) -> 
         lengths = {len(row) for row in rows}
         if len(rows) not in (1, I) or lengths != {N}:
             raise InputError(
-                f"importance has {len(rows)} rows of {sorted(lengths)} weights. Allowed: 1 or {I} rows (instances) of {N} "
-                "weights (features). Fix: change --model.importance."
+                f"importance has {len(rows)} rows of {sorted(lengths)} weights. Allowed: 1 or {I} rows (instances) of "
+                f"{N} weights (features). Fix: change --model.importance."
             )
         weights = torch.stack([per_instance("importance", row, N, low=0) for row in rows]).expand(I, N)
         return weights.clone()

@@ -74,14 +74,18 @@ def make_template(
             return _template([(i, i + n) for i in range(n)], a * share, n_features)
         if template == "many_to_one":
             return _template([(i, n) for i in range(n)], a.expand(n_instances, n), n_features)
-        raise bad_value("template", template, "single, linear, many_to_one, zero, or a list of pairs", "change --model.template")
+        raise bad_value(
+            "template", template, "single, linear, many_to_one, zero, or a list of pairs", "change --model.template"
+        )
     if target_logit is not None:
         raise InputError(
             "target_logit has no effect on an explicit template, whose pairs have logits of their own. "
             "Fix: set --model.target_logit=null."
         )
     if not template:
-        raise bad_value("template", template, "at least one (query feature, key feature, logit)", "use template=zero for no head")
+        raise bad_value(
+            "template", template, "at least one (query feature, key feature, logit)", "use template=zero for no head"
+        )
     logits = torch.tensor([float(logit) for _, _, logit in template], dtype=torch.float64)
     return _template([(int(i), int(j)) for i, j, _ in template], logits.expand(n_instances, -1), n_features)
 

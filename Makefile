@@ -1,0 +1,38 @@
+# Two commands for a machine with nothing but Python 3.11+, git and make: `make fit` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: fit test check clean
+
+fit: .venv/installed ## install, and run the main job
+	$(BIN)/python -m svf_lightning fit $(ARGS)
+
+test: .venv/installed-dev ## install, and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy does not know of setuptools' package-dir, so it reads a copy in which callbacks/ lies inside the package
+check: .venv/installed-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build && cp -r svf_lightning build/types.new && cp -r callbacks build/types.new/callbacks
+	mkdir build/types && mv build/types.new build/types/svf_lightning && cp -r benchmarks build/types/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p svf_lightning -p benchmarks
+
+clean: ## remove the environment and the caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "svf-lightning needs Python 3.11 or later; name one: make PYTHON=python3.12 fit")'
+	$(PYTHON) -m venv .venv
+
+# torch first, at the pinned version: a range would let pip take the newest build
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
