@@ -207,7 +207,8 @@ class Capture(Callback):
         """Complete the row with the losses that the update came from."""
         if self._pending is not None:
             self._pending.set_losses(outputs)
-            self._commit(trainer, pl_module)
+            if self._commit(trainer):  # for progress bars, and for callbacks that monitor a metric
+                pl_module.log_dict(self.latest_means(), logger=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rows before a checkpoint are on disk before the checkpoint is."""
@@ -221,7 +222,7 @@ class Capture(Callback):
         current_losses = getattr(pl_module, "current_losses", None)
         if callable(current_losses):
             self._pending.set_losses(current_losses())
-        self._commit(trainer, pl_module)
+        self._commit(trainer)
         self.close(trainer)
 
     # ---- hooks: evaluation -----------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Capture(Callback):
         """One row for each step that the module's probe stands for; batches of one step share a row."""
         step = int(pl_module.probe().step)  # type: ignore[operator]
         if self._pending is None or int(self._pending.probe.step) != step:
-            self._commit(trainer, pl_module)
+            self._commit(trainer)
             self._pending = self._observe(pl_module)
         self._pending.average_losses(outputs)
 
@@ -271,7 +272,7 @@ class Capture(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
-        self._commit(trainer, pl_module)
+        self._commit(trainer)
         self.close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -315,16 +316,17 @@ class Capture(Callback):
     def _observe(self, pl_module: LightningModule) -> _Pending:
         return _Pending(pl_module.probe().snapshot())  # type: ignore[operator]
 
-    def _commit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _commit(self, trainer: Trainer) -> bool:
+        """The pending row is whole. True if it completed a chunk."""
         if self._pending is None:
-            return
+            return False
         self._buffer.append(self._pending)
         self._pending = None
         self._n_rows += 1
-        if self._n_rows % self.chunk == 0:
-            self._measure_buffer(trainer)
-            if trainer.training:  # for progress bars, and for callbacks that monitor a metric
-                pl_module.log_dict(self.latest_means(), logger=False)
+        if self._n_rows % self.chunk:
+            return False
+        self._measure_buffer(trainer)
+        return True
 
     def _measure_buffer(self, trainer: Trainer) -> None:
         if not self._buffer or self._pool is None or self._writer is None:

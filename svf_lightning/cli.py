@@ -81,6 +81,12 @@ class ToyCLI(LightningCLI):
         parser.link_arguments("model.n_features", "data.n_features")
         parser.link_arguments("model.n_instances", "data.n_instances")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.set_defaults(verbose=False)  # the closing table says it all
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in this program's words what cannot be parsed.
 

@@ -1,0 +1,294 @@
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import make_trainer, train
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from svf_lightning.callbacks import (
+    Capture,
+    FeatureOrthogonality,
+    Measured,
+    ProbeMetric,
+    RunSummary,
+    StepProgress,
+    SVDAlignment,
+    TrajectoryWriter,
+)
+from svf_lightning.errors import DivergedError, InputError
+from svf_lightning.heads import AttentionHeads
+from svf_lightning.metrics import attended_vs_rest, gram
+from svf_lightning.probe import Probe
+from svf_lightning.toy import ToyAttentionModel, ToyData
+from svf_lightning.trajectory import open_trajectory
+
+ALL = (SVDAlignment, FeatureOrthogonality, TrajectoryWriter, StepProgress, RunSummary)
+
+
+def capture(**options):
+    return [Capture(**options), *(callback() for callback in ALL)]
+
+
+class Weights(pl.Callback):
+    """Keeps the weights before every update, and the loss of every step: an independent witness."""
+
+    def __init__(self):
+        self.weights, self.losses = [], []
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.weights.append({k: v.detach().clone() for k, v in module.state_dict().items()})
+
+    def on_train_batch_end(self, trainer, module, outputs, *_):
+        self.losses.append(outputs["loss/total"].detach().clone())
+
+    def on_train_end(self, trainer, module):
+        self.on_train_batch_start(trainer, module)
+
+
+def test_a_row_holds_the_weights_of_its_step_and_their_loss(tmp_path):
+    witness = Weights()
+    train(tmp_path, steps=21, callbacks=[witness, *capture(chunk=8)])
+    dataset = open_trajectory(tmp_path)
+    assert dataset["step"].values.tolist() == list(range(22))
+    np.testing.assert_array_equal(dataset["W"].values, torch.stack([w["W"] for w in witness.weights]))
+    np.testing.assert_array_equal(dataset["loss/total"].values[:-1], torch.stack(witness.losses))
+    assert np.isfinite(dataset["loss/total"].values[-1]).all()
+
+
+def test_the_metrics_of_a_row_are_those_of_a_dense_computation(tmp_path):
+    witness = Weights()
+    train(tmp_path, steps=9, callbacks=[witness, *capture(chunk=4)])
+    dataset = open_trajectory(tmp_path).load()
+    for t in (0, 5, 9):
+        for i in range(3):
+            w = {k: v[i].double().numpy() for k, v in witness.weights[t].items()}
+            U, S, Vt = np.linalg.svd(w["W_Q"].T @ w["W_K"])
+            unit = w["W"] / np.linalg.norm(w["W"], axis=0)
+            left, right = np.abs(unit.T @ U), np.abs(unit.T @ Vt.T)
+            k = (left[0] * right[1]).argmax()
+            row = dataset.isel(step=t, instance=i)
+            np.testing.assert_allclose(row["singular_values"], S, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(row["cosine_left"], left, atol=2e-3)
+            assert row["pair/index"].item() == k
+            assert row["alignment/left"].item() == pytest.approx(left[0, k], abs=1e-3)
+            assert row["alignment/matched"].item() == pytest.approx((left[0, k] + right[1, k]) / 2, abs=1e-3)
+            assert row["spectrum/stable_rank"].item() == pytest.approx((S**2).sum() / S[0] ** 2, rel=1e-4)
+            G = np.abs(unit.T @ unit)
+            assert row["orthogonality/attended_vs_rest"].item() == pytest.approx(G[:2, 2:].mean(), rel=1e-4)
+            interference = np.linalg.norm(unit.T @ unit - np.eye(11), 2)
+            assert row["orthogonality/interference"].item() == pytest.approx(interference, rel=1e-4)
+
+
+def test_capture_on_or_off_the_weights_are_bit_identical(tmp_path):
+    plain = train(tmp_path / "off", steps=40).state_dict()
+    watched = train(tmp_path / "on", steps=40, callbacks=capture(chunk=8)).state_dict()
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_rows_do_not_depend_on_how_they_were_chunked(tmp_path):
+    """But for the last bit: batched kernels round differently for other batch sizes, which turns vectors of tiny sigma."""
+    found = []
+    for chunk in (1, 7, 64):
+        train(tmp_path / str(chunk), steps=30, callbacks=capture(chunk=chunk))
+        found.append(open_trajectory(tmp_path / str(chunk)).load())
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0]["W"].values, other["W"].values)
+        for name in found[0].variables:
+            if name not in ("U", "V", "cosine_left", "cosine_right"):
+                np.testing.assert_allclose(found[0][name].values, other[name].values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"every_n_steps": 7}, [0, 7, 14, 21, 25]),
+        ({"log_spaced": 3}, [0, 1, 3, 5, 10, 22, 25]),
+    ],
+)
+def test_a_schedule_captures_its_steps_and_always_the_first_and_the_last(tmp_path, options, steps):
+    train(tmp_path, steps=25, callbacks=capture(**options))
+    dataset = open_trajectory(tmp_path)
+    assert dataset["step"].values.tolist() == steps
+    train(tmp_path / "all", steps=25, callbacks=capture())
+    everything = open_trajectory(tmp_path / "all").sel(step=steps)
+    np.testing.assert_array_equal(dataset["W"].values, everything["W"].values)
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"log_spaced": -1}, {"chunk": 0}])
+def test_a_schedule_that_cannot_be_is_refused(options):
+    with pytest.raises(InputError):
+        Capture(**options)
+
+
+@pytest.mark.parametrize("checkpoint_at", [6, 13, 16])
+@pytest.mark.parametrize("options", [{}, {"every_n_steps": 5}])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(tmp_path, checkpoint_at, options):
+    def checkpoints(folder):
+        return pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    settings = {"model": {"lr_schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.1}}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    trainer = {"enable_checkpointing": True}
+    a = train(whole, 24, [*capture(chunk=8, **options), checkpoints(whole)], trainer=trainer, **settings)
+    train(broken, 24, [*capture(chunk=8, **options), checkpoints(broken)], trainer=trainer, **settings)
+    b = train(
+        broken,
+        24,
+        [*capture(chunk=8, **options), checkpoints(broken / "again")],
+        trainer=trainer,
+        ckpt_path=str(broken / f"step={checkpoint_at}.ckpt"),
+        weights_only=True,
+        **settings,
+    )
+    assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    rows_a, rows_b = open_trajectory(whole).load(), open_trajectory(broken).load()
+    for name in rows_a.variables:
+        np.testing.assert_array_equal(rows_a[name].values, rows_b[name].values, err_msg=name)
+
+
+class OtherModule(pl.LightningModule):
+    """A module of a user: two layers of heads, float64, other dimension names."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.Q, self.K = (torch.nn.Parameter(torch.randn(2, 3, 5, 7, generator=g, dtype=torch.float64)) for _ in "QK")
+        self.features = torch.randn(2, 3, 7, 11, generator=g, dtype=torch.float64)
+
+    def probe(self):
+        heads = AttentionHeads(self.Q, self.K, scale=0.5)
+        pairs = torch.tensor([[0, 1], [2, 3]])
+        return Probe(self.global_step, heads, self.features, pairs, torch.ones(2, 3, 2).double(), batch_dims=("layer", "head"))
+
+    def training_step(self, batch, batch_idx):
+        return self.Q.square().sum() + self.K.square().sum()
+
+    def test_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_a_module_of_a_user_works_with_every_callback_as_soon_as_it_has_a_probe(tmp_path):
+    module = OtherModule()
+    make_trainer(tmp_path, 5, [SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter(), RunSummary()]).fit(module, [0] * 9)
+    dataset = open_trajectory(tmp_path)
+    assert dataset["alignment/matched"].dims == ("step", "layer", "head")
+    assert dataset["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    S = torch.linalg.svdvals(0.5 * module.Q.mT @ module.K)[..., :5].detach()
+    np.testing.assert_allclose(dataset["singular_values"].isel(step=-1), S, rtol=1e-9)
+
+
+def test_the_metric_callbacks_measure_a_test_run_as_they_measure_training(tmp_path):
+    model = train(tmp_path / "fit", steps=10, callbacks=capture())
+    data = ToyData(n_features=11, n_instances=3, batch_size=16, context_length=5, held_out_batches=4)
+    make_trainer(tmp_path / "test", 10, capture()).test(model, data, verbose=False)
+    trained, tested = open_trajectory(tmp_path / "fit").isel(step=-1), open_trajectory(tmp_path / "test")
+    assert tested.sizes["step"] == 1
+    for name in ("alignment/matched", "orthogonality/rest_vs_rest", "singular_values"):
+        np.testing.assert_allclose(tested[name].values[0], trained[name].values, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        expected = torch.stack([model.losses(f)["loss/total"] for f in data.test_dataloader()]).mean(0)
+    np.testing.assert_allclose(tested["loss/total"].values[0], expected, rtol=1e-5)
+
+
+def test_a_module_without_a_probe_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"SVDAlignment looks at the probe.*BoringModel has none"):
+        make_trainer(tmp_path, 1, [SVDAlignment()]).fit(BoringModel())
+
+
+def test_a_metric_of_a_user_is_logged_and_kept_like_the_others(tmp_path):
+    class Norms(ProbeMetric):
+        def measure(self, probe):
+            norms = probe.features.norm(dim=-2)
+            return {"norm/mean": norms.mean(-1), "norms": Measured(norms, ("feature",))}
+
+    witness = Weights()
+    train(tmp_path, steps=5, callbacks=[witness, Norms(), TrajectoryWriter()])
+    dataset = open_trajectory(tmp_path)
+    expected = torch.stack([w["W"].norm(dim=-2) for w in witness.weights])
+    np.testing.assert_allclose(dataset["norms"], expected, rtol=1e-6)
+    np.testing.assert_allclose(dataset["norm/mean"], expected.mean(-1), rtol=1e-6)
+
+
+def test_two_metrics_of_one_name_are_an_error(tmp_path):
+    with pytest.raises(InputError, match="two callbacks measure 'spectrum/"):
+        train(tmp_path, callbacks=[SVDAlignment(), SVDAlignment()])
+
+
+class Recorder(pl.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, dict(metrics)))
+
+
+def test_the_logger_gets_one_dictionary_per_step_with_mean_min_and_max(tmp_path):
+    logger = Recorder()
+    train(tmp_path, steps=10, callbacks=capture(chunk=4), trainer={"logger": logger, "log_every_n_steps": 3})
+    steps = [step for step, metrics in logger.rows if "loss/total" in metrics]
+    assert steps == [0, 3, 6, 9, 10]
+    dataset = open_trajectory(tmp_path)
+    for step, metrics in logger.rows[:5]:
+        values = dataset["alignment/matched"].sel(step=step).values
+        assert metrics["alignment/matched"] == pytest.approx(values.mean())
+        assert metrics["alignment/matched/min"] == pytest.approx(values.min())
+        assert metrics["alignment/matched/max"] == pytest.approx(values.max())
+    assert len({name for _, metrics in logger.rows for name in metrics}) <= 100
+
+
+def test_metrics_can_be_monitored_by_lightnings_own_callbacks(tmp_path):
+    stop = pl.callbacks.EarlyStopping("alignment/matched", mode="max", stopping_threshold=-1.0, check_on_train_epoch_end=True)
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.update(trainer.callback_metrics)
+
+    train(tmp_path, steps=12, callbacks=[*capture(chunk=4), stop, Look()])
+    assert "alignment/matched" in seen
+
+
+def test_an_instance_that_diverges_is_named_and_all_of_them_end_the_run(tmp_path, capsys):
+    train(tmp_path / "one", steps=8, callbacks=capture(chunk=4), model={"lambda_attn": [1.0, 3e38, 1.0]})
+    assert "instance 1 diverged: loss/total is not finite at step" in capsys.readouterr().err
+    with pytest.raises(DivergedError, match="every instance diverged"):
+        train(tmp_path / "all", steps=8, callbacks=capture(chunk=4), model={"lambda_attn": 3e38})
+
+
+def test_a_second_training_does_not_write_over_the_first(tmp_path):
+    train(tmp_path, callbacks=capture())
+    before = open_trajectory(tmp_path).load()
+    with pytest.raises(InputError, match="already holds"):
+        train(tmp_path, callbacks=capture(), model={"seed": 5})
+    assert before.equals(open_trajectory(tmp_path).load())
+
+
+def test_without_a_head_there_is_geometry_and_no_alignment(tmp_path):
+    model = train(tmp_path, callbacks=capture(), model={"template": "zero"}, data={"context_length": 0})
+    dataset = open_trajectory(tmp_path)
+    assert not any(str(name).startswith(("alignment", "spectrum")) for name in dataset)
+    assert "orthogonality/attended_vs_rest" not in dataset
+    _, rest = attended_vs_rest(gram(model.W.detach()), torch.zeros(11, dtype=torch.bool))
+    np.testing.assert_allclose(dataset["orthogonality/rest_vs_rest"].values[-1], rest, rtol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_rows_are_those_of_the_gpus_weights(tmp_path):
+    witness = Weights()
+    train(tmp_path, steps=9, callbacks=[witness, *capture(chunk=4)], trainer={"accelerator": "gpu", "devices": 1})
+    expected = torch.stack([w["W"].cpu() for w in witness.weights])
+    np.testing.assert_array_equal(open_trajectory(tmp_path)["W"].values, expected)
+
+
+def test_every_target_pair_may_be_left_unmatched_but_never_matched_twice(tmp_path):
+    """More pairs than singular vectors: the rest counts as not aligned."""
+    pairs = [(i, i + 4, 2.0) for i in range(4)]
+    settings = {"template": pairs, "target_logit": None, "d_head": 2, "n_instances": 1}
+    model = ToyAttentionModel(n_features=11, d_model=7, **settings)
+    found = SVDAlignment().measure(Probe.stack([model.probe().snapshot()]))
+    index = found["pair/index"].values.flatten().tolist()
+    assert sorted(index) == [-1, -1, 0, 1]

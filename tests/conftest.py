@@ -1,0 +1,87 @@
+"""Shared pieces: a small model, a short training, and the real command line in a folder of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+from svf_lightning.toy import ToyAttentionModel, ToyData
+
+SMALL = {"n_features": 11, "d_model": 7, "n_instances": 3}
+
+
+@pytest.fixture(autouse=True)
+def _no_cloud(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def make_trainer(folder, steps, callbacks=(), **options):
+    settings = {
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": False,
+        "callbacks": list(callbacks),
+        "default_root_dir": str(folder),
+        "enable_checkpointing": False,
+        "enable_progress_bar": any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(**{**settings, **options})
+
+
+def train(folder, steps=12, callbacks=(), model=None, data=None, trainer=None, **fit):
+    """A short training; returns the model."""
+    model = ToyAttentionModel(**{**SMALL, **(model or {})})
+    data = ToyData(
+        **{"n_features": model.n_features, "n_instances": model.n_instances, "batch_size": 16, "context_length": 5}
+        | (data or {})
+    )
+    make_trainer(folder, steps, callbacks, **(trainer or {})).fit(model, data, **fit)
+    return model
+
+
+class Command:
+    """The real command, in an empty folder, without a source tree in sight."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_API", "SVF_"))}
+        self.environment |= {"WANDB_MODE": "offline", "COLUMNS": "100", "HOME": str(folder.parent)}
+
+    def __call__(self, *arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "svf_lightning", *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    def start(self, *arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "svf_lightning", *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def files(self):
+        """Everything in the folder, relative."""
+        return sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*"))
+
+
+@pytest.fixture
+def command(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Command(folder)

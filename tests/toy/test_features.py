@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+
+from svf_lightning.errors import InputError
+from svf_lightning.toy import ToyData, sparse_activations
+
+
+def data(**options):
+    return ToyData(**{"n_features": 11, "n_instances": 3, "batch_size": 13, "context_length": 5, **options})
+
+
+def test_activations_are_bernoulli_times_uniform():
+    p = 0.3
+    f = sparse_activations(torch.rand(400_000, generator=torch.Generator().manual_seed(1)), p)
+    active = f > 0
+    assert active.float().mean().item() == pytest.approx(p, abs=0.004)
+    quantiles = np.quantile(f[active].numpy(), [0.1, 0.25, 0.5, 0.75, 0.9])
+    np.testing.assert_allclose(quantiles, [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.006)
+
+
+def test_with_probability_one_every_feature_is_active():
+    assert (data(feature_probability=1.0).draw(0) > 0).float().mean() > 0.999
+
+
+def test_the_draw_of_a_step_depends_on_seed_and_step_alone():
+    a, b = data(seed=5), data(seed=5)
+    b.draw(3)  # an earlier draw leaves no trace
+    torch.testing.assert_close(a.draw(7), b.draw(7), rtol=0, atol=0)
+    assert not torch.equal(a.draw(7), a.draw(8))
+    assert not torch.equal(a.draw(7), data(seed=6).draw(7))
+
+
+def test_the_draw_ignores_and_spares_the_global_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = data().draw(4)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, data().draw(4))
+
+
+def test_neighbouring_steps_and_seeds_are_uncorrelated():
+    draws = np.stack([data(seed=s).draw(t).numpy().ravel() for s in range(4) for t in range(4)])
+    correlation = np.corrcoef(draws) - np.eye(16)
+    assert np.abs(correlation).max() < 5 / np.sqrt(draws.shape[1])
+
+
+def test_shared_streams_give_all_instances_one_draw_each_with_its_own_p():
+    many = data(feature_probability=[0.1, 0.5, 1.0], streams="shared").draw(2)
+    for i, p in enumerate((0.1, 0.5, 1.0)):
+        alone = data(n_instances=1, feature_probability=p).draw(2)
+        torch.testing.assert_close(many[i], alone[0], rtol=0, atol=0)
+
+
+def test_separate_streams_give_each_instance_the_draw_it_would_have_alone():
+    many = data(seed=20, streams="separate").draw(2)
+    assert many.shape[0] == 3
+    for i in range(3):
+        alone = data(n_instances=1, seed=20 + i, streams="separate").draw(2)
+        torch.testing.assert_close(many[i], alone[0], rtol=0, atol=0)
+    assert not torch.equal(many[0], many[1])
+
+
+def test_training_validation_and_test_draws_never_meet():
+    d = data(held_out_batches=2)
+    training, validation, test = d.draw(0), *(next(iter(x)) for x in (d.val_dataloader(), d.test_dataloader()))
+    assert not torch.equal(training, validation)
+    assert not torch.equal(validation, test)
+    assert len(d.test_dataloader()) == 2 == len(list(d.test_dataloader()))
+
+
+@pytest.mark.parametrize("p", [0.0, -0.1, 1.01, float("nan"), [0.1, 0.2], [0.1, 0.2, 0.0]])
+def test_a_probability_outside_its_range_or_number_is_refused(p):
+    with pytest.raises(InputError, match=r"feature_probability.*\(0, 1\]|feature_probability has 2 values for 3 instances"):
+        data(feature_probability=p)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"context_length": -1}, "context_length=-1"),
+        ({"held_out_batches": 0}, "held_out_batches=0"),
+        ({"streams": "own"}, "streams='own'"),
+        ({"seed": [1, 2, 3]}, "separate"),
+        ({"seed": [1, 2], "streams": "separate"}, "2 seeds for 3 instances"),
+        ({"seed": -1}, "data.seed=-1"),
+    ],
+)
+def test_other_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        data(**options)
