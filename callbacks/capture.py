@@ -128,7 +128,7 @@ class _Pending:
             if name.startswith(_LOSS_PREFIX):
                 mean = self._means.setdefault(name, InstanceMean(tuple(value.shape)).to(value.device))
                 mean.update(value)
-                self.losses[name] = mean.compute().to(value.dtype)
+                self.losses[name] = mean.mean().to(value.dtype)
 
 
 class Capture(Callback):

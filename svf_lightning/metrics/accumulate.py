@@ -30,5 +30,9 @@ class InstanceMean(Metric):
         self.weight += weight
 
     def compute(self) -> Float[Tensor, "..."]:
-        """Weighted mean so far; NaN before the first update."""
+        """Weighted mean so far; NaN before the first update. (torchmetrics turns shape (1,) into ().)"""
+        return self.mean()
+
+    def mean(self) -> Float[Tensor, "..."]:
+        """Weighted mean so far, in the shape of one batch's value; NaN before the first update."""
         return self.total / self.weight

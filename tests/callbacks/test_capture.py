@@ -95,7 +95,9 @@ def test_rows_do_not_depend_on_how_they_were_chunked(tmp_path):
         np.testing.assert_array_equal(found[0]["W"].values, other["W"].values)
         for name in found[0].variables:
             if name not in ("U", "V", "cosine_left", "cosine_right"):
-                np.testing.assert_allclose(found[0][name].values, other[name].values, rtol=1e-4, atol=1e-5, err_msg=name)
+                np.testing.assert_allclose(
+                    found[0][name].values, other[name].values, rtol=1e-4, atol=1e-5, err_msg=name
+                )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,9 @@ class OtherModule(pl.LightningModule):
     def probe(self):
         heads = AttentionHeads(self.Q, self.K, scale=0.5)
         pairs = torch.tensor([[0, 1], [2, 3]])
-        return Probe(self.global_step, heads, self.features, pairs, torch.ones(2, 3, 2).double(), batch_dims=("layer", "head"))
+        return Probe(
+            self.global_step, heads, self.features, pairs, torch.ones(2, 3, 2).double(), batch_dims=("layer", "head")
+        )
 
     def training_step(self, batch, batch_idx):
         return self.Q.square().sum() + self.K.square().sum()
@@ -172,7 +176,9 @@ class OtherModule(pl.LightningModule):
 
 def test_a_module_of_a_user_works_with_every_callback_as_soon_as_it_has_a_probe(tmp_path):
     module = OtherModule()
-    make_trainer(tmp_path, 5, [SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter(), RunSummary()]).fit(module, [0] * 9)
+    make_trainer(tmp_path, 5, [SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter(), RunSummary()]).fit(
+        module, [0] * 9
+    )
     dataset = open_trajectory(tmp_path)
     assert dataset["alignment/matched"].dims == ("step", "layer", "head")
     assert dataset["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
@@ -241,7 +247,9 @@ def test_the_logger_gets_one_dictionary_per_step_with_mean_min_and_max(tmp_path)
 
 
 def test_metrics_can_be_monitored_by_lightnings_own_callbacks(tmp_path):
-    stop = pl.callbacks.EarlyStopping("alignment/matched", mode="max", stopping_threshold=-1.0, check_on_train_epoch_end=True)
+    stop = pl.callbacks.EarlyStopping(
+        "alignment/matched", mode="max", stopping_threshold=-1.0, check_on_train_epoch_end=True
+    )
     seen = {}
 
     class Look(pl.Callback):

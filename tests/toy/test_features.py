@@ -72,7 +72,9 @@ def test_training_validation_and_test_draws_never_meet():
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.01, float("nan"), [0.1, 0.2], [0.1, 0.2, 0.0]])
 def test_a_probability_outside_its_range_or_number_is_refused(p):
-    with pytest.raises(InputError, match=r"feature_probability.*\(0, 1\]|feature_probability has 2 values for 3 instances"):
+    with pytest.raises(
+        InputError, match=r"feature_probability.*\(0, 1\]|feature_probability has 2 values for 3 instances"
+    ):
         data(feature_probability=p)
 
 

@@ -47,7 +47,9 @@ def test_losses_are_those_of_the_formulas(streams):
     f = draw(feature_probability=0.5, streams=streams)
     found = model.losses(f)
     importance = np.array([[r**k for k in range(N)] for r in decay])
-    for name, expected in zip(("recon", "attn", "total"), losses_by_hand(model, f, np.array(lambdas), importance), strict=True):
+    for name, expected in zip(
+        ("recon", "attn", "total"), losses_by_hand(model, f, np.array(lambdas), importance), strict=True
+    ):
         np.testing.assert_allclose(found[f"loss/{name}"].detach(), expected, rtol=2e-5)
 
 
@@ -98,7 +100,11 @@ def test_an_instance_alone_and_in_a_cohort_of_8_agree(tmp_path, streams):
             tmp_path,
             steps=60,
             model={"n_instances": 1, "lambda_attn": lambdas[i], "seed": 3 + i},
-            data={"seed": 3 + (i if streams == "separate" else 0), "feature_probability": probabilities[i], "streams": streams},
+            data={
+                "seed": 3 + (i if streams == "separate" else 0),
+                "feature_probability": probabilities[i],
+                "streams": streams,
+            },
         )
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(value[0], together.state_dict()[name][i], rtol=1e-4, atol=1e-5)

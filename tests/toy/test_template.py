@@ -37,7 +37,9 @@ def test_zero_has_no_pair():
 def test_an_explicit_list_is_taken_as_it_is(data):
     cells = data.draw(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1))
     logits = {cell: data.draw(st.floats(-9, 9, width=32)) for cell in cells}
-    T = make_template([(i, j, a) for (i, j), a in logits.items()], n_features=7, n_instances=3, target_logit=None).matrix()
+    T = make_template(
+        [(i, j, a) for (i, j), a in logits.items()], n_features=7, n_instances=3, target_logit=None
+    ).matrix()
     for i in range(7):
         for j in range(7):
             assert T[:, i, j].tolist() == [logits.get((i, j), 0.0)] * 3
