@@ -23,6 +23,6 @@ axes.set(
     xscale="symlog", xlabel="training step (log scale)", ylabel="|cosine|", ylim=(0, 1.03), xlim=(0, run["step"][-1])
 )
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, loc="center left")
+axes.legend(frameon=False, loc="upper left")
 axes.set_title(f"Single pair, {run.sizes['instance']} seeds: alignment comes first, orthogonality later", loc="left")
 figure.savefig(Path(__file__).with_name("single_pair.png"), dpi=110)

@@ -30,7 +30,7 @@ class InstanceMean(Metric):
         self.weight += weight
 
     def compute(self) -> Float[Tensor, "..."]:
-        """Weighted mean so far; NaN before the first update. (torchmetrics turns shape (1,) into ().)"""
+        """Weighted mean so far; NaN before the first update; torchmetrics turns shape (1,) into ()."""
         return self.mean()
 
     def mean(self) -> Float[Tensor, "..."]:
