@@ -147,6 +147,7 @@ class ToyCLI(LightningCLI):
 
     def _begin_run(self) -> None:
         """Everything was valid: only now something is written."""
+        self.model.check(self.trainer, self.datamodule, str(self.subcommand))
         if self.checkpoint is not None:
             saved = _load_checkpoint(self.checkpoint)
             check_state_fits(self.model, saved["state_dict"])

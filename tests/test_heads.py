@@ -203,7 +203,7 @@ def test_prescribed_spectrum_with_repeated_and_zero_values_comes_back(dtype, see
 
 
 class NoTensorLargerThan(TorchDispatchMode):
-    """Fails at the first operation that returns more than ``limit`` elements, before anything slow is done with them."""
+    """Fails at the first operation that returns more than ``limit`` elements, before more is done with them."""
 
     def __init__(self, limit):
         super().__init__()

@@ -116,4 +116,5 @@ def spearman(x: Float[Tensor, "... P"], y: Float[Tensor, "... P"]) -> Float[Tens
         return rank - rank.mean(-1, keepdim=True)
 
     a, b = centred_ranks(x), centred_ranks(y)
-    return ((a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()).to(x.dtype)
+    correlation = ((a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()).to(x.dtype)
+    return correlation.masked_fill(x.isnan().any(-1) | y.isnan().any(-1), torch.nan)

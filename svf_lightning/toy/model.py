@@ -184,12 +184,15 @@ class ToyAttentionModel(pl.LightningModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check what only the trainer knows.
+        """Check what only the trainer knows; raises as :meth:`check`."""
+        self.check(self.trainer, getattr(self.trainer, "datamodule", None), stage)
+
+    def check(self, trainer: pl.Trainer, data: object, stage: str) -> None:
+        """Check that trainer and data fit the model, before anything is written.
 
         Raises:
             InputError: A trainer option that would change what a step means, or a head without keys.
         """
-        trainer = self.trainer
         if trainer.accumulate_grad_batches != 1:
             raise bad_value(
                 "trainer.accumulate_grad_batches",
@@ -201,7 +204,6 @@ class ToyAttentionModel(pl.LightningModule):
             raise bad_value(
                 "trainer.devices", trainer.world_size, "1", "instances already train side by side on one device"
             )
-        data = getattr(trainer, "datamodule", None)
         if isinstance(data, ToyData) and self.has_head and data.context_length < 1:
             raise bad_value(
                 "context_length", data.context_length, "at least 1 with a head", "change --data.context_length"
