@@ -10,9 +10,7 @@ from svf_lightning.errors import bad_value
 def unit_features(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D N"]:
     """Columns divided by their norm. A column that is zero has no direction and stays zero (a choice)."""
     tiny = torch.finfo(features.dtype).tiny
-    scaled = features / features.abs().amax(-2, keepdim=True).clamp_min(
-        tiny
-    )  # squares of extreme values leave the range
+    scaled = features / features.abs().amax(-2, keepdim=True).clamp_min(tiny)  # squares may overflow
     return scaled / scaled.square().sum(-2, keepdim=True).sqrt().clamp_min(tiny)
 
 

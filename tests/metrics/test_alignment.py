@@ -287,7 +287,7 @@ def test_subspace_score_lies_between_the_matched_score_and_one(dtype, seed, n_pa
 
 @pytest.mark.parametrize(("relative_gap", "members"), [(0.0, [1]), (0.1, [0, 1, 2]), (0.2, [0, 1, 2, 3])])
 def test_block_holds_the_values_within_the_relative_gap_of_the_matched_one(relative_gap, members):
-    S = torch.tensor([1.05, 1.0, 0.95, 0.85, 0.5])
+    S = torch.tensor([10.5, 10.0, 9.5, 8.5, 5.0])
     left = torch.tensor([[0.1, 0.8, 0.2, 0.3, 0.4]])
     right = torch.tensor([[0.2, 0.7, 0.3, 0.4, 0.1]])
     got = align_pairs(left, right, S, relative_gap=relative_gap)
@@ -296,11 +296,15 @@ def test_block_holds_the_values_within_the_relative_gap_of_the_matched_one(relat
     assert got.subspace_right.item() == pytest.approx(right[0, members].norm().item())
 
 
-def test_subspace_of_all_singular_vectors_holds_every_feature():
-    query, key, _, _, _ = random_case(0)
-    got = aligned(query, key, orthonormal(D, D, seed=1), torch.ones(D, dtype=torch.float64), orthonormal(D, D, seed=2))
-    torch.testing.assert_close(got.subspace_left, torch.ones(P, dtype=torch.float64))
-    torch.testing.assert_close(got.subspace_right, torch.ones(P, dtype=torch.float64))
+@DTYPES
+def test_subspace_of_all_singular_vectors_holds_every_feature_and_scores_no_more_than_one(dtype):
+    query, key = randn(2, D, 997, seed=0, dtype=dtype)
+    U, V = orthonormal(D, D, seed=1, dtype=dtype), orthonormal(D, D, seed=2, dtype=dtype)
+    left, right = cosine_matrix(query, U)[:, None], cosine_matrix(key, V)[:, None]  # each feature a target of its own
+    got = align_pairs(left, right, torch.ones(997, D, dtype=dtype))
+    for score in (got.subspace_left, got.subspace_right):
+        torch.testing.assert_close(score, torch.ones(997, 1, dtype=dtype), rtol=0, atol=TOLERANCE[dtype])
+        assert (score <= 1).all()
 
 
 # --- NaN
