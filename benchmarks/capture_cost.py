@@ -1,9 +1,10 @@
 """What capturing every step costs, and how many instance-steps per second the training does.
 
-    python benchmarks/capture_cost.py [--repeats 9] [--steps 512]
+    python benchmarks/capture_cost.py [--repeats 5] [--steps 1024]
 
-Capture off and on alternate inside one process, in segments of equal length, each timed as a whole: taking probes,
-measuring, writing, and waiting for the last row are all inside. The ratio is the median over neighbouring segments.
+Capture off and on alternate inside one process, in segments of equal length. Two times per step are taken from each
+segment: that of its median step, and that of the whole (every chunk measured and written, divided by the number of
+steps). Ratios are medians over neighbouring segments.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +33,34 @@ LOG_EVERY = 5  # as in configs/defaults.yaml
 
 
 class Clock(pl.Callback):
-    """Seconds from the first training step to the end of training, everything that is written included."""
+    """Time per step: of the median step, and of the whole from the first step to the last row written [ms]."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start."""
-        self.start = time.perf_counter()
+        self.times = [time.perf_counter()]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """One step ends, the next begins."""
+        self.times.append(time.perf_counter())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop, after the last row."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Capture):
                 callback.on_train_end(trainer, pl_module)
-        self.seconds = time.perf_counter() - self.start
+        n_steps = len(self.times) - 1
+        self.whole = 1e3 * (time.perf_counter() - self.times[0]) / n_steps
+        self.median = 1e3 * statistics.median(b - a for a, b in pairwise(self.times[1:]))
 
 
-def segment(settings: dict[str, Any], steps: int, *, capture: bool, wandb: bool = False) -> float:
-    """Milliseconds per step of one short training."""
+def segment(settings: dict[str, Any], steps: int, *, capture: bool, wandb: bool = False) -> Clock:
+    """One short training, timed."""
     model_settings = {**settings["model"], "d_head": None}
     with tempfile.TemporaryDirectory() as folder:
         model = ToyAttentionModel(**model_settings)
         data = ToyData(n_features=model.n_features, n_instances=model.n_instances, **settings["data"])
-        callbacks: list[pl.Callback] = [Clock()]
+        clock = Clock()
+        callbacks: list[pl.Callback] = [clock]
         if capture:
             callbacks += [Capture(), SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter()]
         trainer = pl.Trainer(
@@ -69,21 +78,19 @@ def segment(settings: dict[str, Any], steps: int, *, capture: bool, wandb: bool 
         if wandb:
             trainer.loggers[0].log_hyperparams({})  # W&B starts here, not in the first step
         trainer.fit(model, data)
-        clock = callbacks[0]
-        assert isinstance(clock, Clock)
-        return 1e3 * clock.seconds / steps
+        return clock
 
 
 def main() -> None:
     """Print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="segments of each kind")
-    parser.add_argument("--steps", type=int, default=512, help="steps per segment")
+    parser.add_argument("--repeats", type=int, default=5, help="segments of each kind")
+    parser.add_argument("--steps", type=int, default=1024, help="steps per segment")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
-    table = Table("preset", "off [ms/step]", "capture [ms/step]", "+ W&B offline", "capture / off", "with W&B / off")
+    table = Table("preset", "ms/step", "off", "capture", "+ W&B offline", "capture / off", "with W&B / off")
     for preset in ("single_pair", "multi_pair"):
         settings = yaml.safe_load(Path(preset_path(preset)).read_text())
         segment(settings, 128, capture=True)  # warm up
@@ -95,9 +102,11 @@ def main() -> None:
             )
             for _ in range(options.repeats)
         ]
-        off, on, both = (statistics.median(column) for column in zip(*rows, strict=True))
-        ratio, ratio_both = (statistics.median(row[i] / row[0] for row in rows) for i in (1, 2))
-        table.add_row(preset, f"{off:.2f}", f"{on:.2f}", f"{both:.2f}", f"{ratio:.3f}", f"{ratio_both:.3f}")
+        for kind in ("median", "whole"):
+            times = [[getattr(clock, kind) for clock in row] for row in rows]
+            medians = (f"{statistics.median(column):.2f}" for column in zip(*times, strict=True))
+            ratios = (f"{statistics.median(row[i] / row[0] for row in times):.3f}" for i in (1, 2))
+            table.add_row(preset, kind, *medians, *ratios)
     console = Console(width=120)
     console.print(table)
 
@@ -105,9 +114,8 @@ def main() -> None:
     settings = yaml.safe_load(Path(preset_path("single_pair")).read_text())
     for n in (1, 8, 64):
         sized = {**settings, "model": {**settings["model"], "n_instances": n}}
-        times = [
-            segment(sized, max(64, options.steps // 2), capture=False) for _ in range(max(1, options.repeats // 3))
-        ]
+        n_steps, n_repeats = max(64, options.steps // 4), max(1, options.repeats // 2)
+        times = [segment(sized, n_steps, capture=False).whole for _ in range(n_repeats)]
         ms = statistics.median(times)
         table.add_row(str(n), f"{ms:.2f}", f"{1e3 * n / ms:,.0f}")
     console.print(table)

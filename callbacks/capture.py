@@ -1,21 +1,19 @@
 """Capture: takes probes on schedule, has the metric callbacks measure them, and hands the rows on.
 
 A row stands for one training step t: the weights after t updates, and the losses of these weights on the draw of step
-t. Taking a probe costs a few copies. Probes are measured in chunks, many steps in one batched call; the training pauses
-for it and lends its threads, since measuring beside it on the same cores was found to cost more than that. Writing and
-logging are done by a thread of their own, off the training path. Chunks are cut where the number of rows since step 0
-is a multiple of ``chunk``, and at checkpoints; never by the clock.
+t. Taking a probe costs a few copies. Probes are measured, written and logged in chunks, many steps in one batched call;
+the training pauses for it and lends its threads, since working beside it on the same cores was found to cost about
+twice as much. Chunks are cut where the number of rows since step 0 is a multiple of ``chunk``, and at checkpoints;
+never by the clock.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from svf_lightning.errors import DivergedError, InputError, bad_value
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe, Probed
 
-_CHUNKS_IN_FLIGHT = 2
+_BLOCK_BYTES = 1 << 20  # of probes measured in one call: with all intermediate results about a core's cache
 _LOSS_PREFIX = "loss/"
 
 
@@ -50,18 +48,6 @@ class Rows:
     values: dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> (dimensions after "step", array [K, ...])
     batch_dims: tuple[str, ...]  # the probe's own, e.g. ("instance",)
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
-
-    @staticmethod
-    def concatenate(parts: list[Rows]) -> Rows:
-        """Rows of consecutive parts as one."""
-        if len(parts) == 1:
-            return parts[0]
-        first = parts[0]
-        values = {
-            name: (dims, np.concatenate([part.values[name][1] for part in parts]))
-            for name, (dims, _) in first.values.items()
-        }
-        return Rows(np.concatenate([part.steps for part in parts]), values, first.batch_dims, first.coords)
 
     def scalars(self) -> dict[str, np.ndarray]:
         """The quantities with no dimensions but the probe's: arrays [K, *batch]."""
@@ -99,7 +85,7 @@ class ProbeMetric(Callback, ABC):
 
 
 class RowSink(Callback, ABC):
-    """A callback that takes measured rows, in order, on the writer's thread."""
+    """A callback that takes measured rows, in order, chunk by chunk."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that someone hands rows on."""
@@ -159,8 +145,6 @@ class Capture(Callback):
         self._sinks: list[RowSink] = []
         self._pending: _Pending | None = None
         self._buffer: list[_Pending] = []
-        self._writing: deque[Future[None]] = deque()
-        self._writer: ThreadPoolExecutor | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._n_threads = 1
         self._diverged: set[tuple[int, ...]] = set()
@@ -216,7 +200,7 @@ class Capture(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Capture the final weights, and finish."""
-        if self._writer is None:
+        if self._pool is None:
             return
         self._pending = self._observe(pl_module)
         current_losses = getattr(pl_module, "current_losses", None)
@@ -286,22 +270,25 @@ class Capture(Callback):
     # ---- the mechanism ---------------------------------------------------------------------------------------------
 
     def flush(self, trainer: Trainer) -> None:
-        """Measure, write and log the rows so far, and wait for it."""
-        self._measure_buffer(trainer)
-        while self._writing:
-            self._writing.popleft().result()
+        """Measure, write and log the rows so far."""
+        if not self._buffer or self._pool is None:
+            return
+        chunk, self._buffer = self._buffer, []
+        self.last = rows = self._measure_chunk(chunk, self._pool)
+        for sink in self._sinks:
+            sink.consume(rows)
+        self._log(rows, trainer)
+        self._check_finite(rows)
 
     def close(self, trainer: Trainer) -> None:
         """Flush, and end the threads; does nothing the second time."""
-        if self._writer is None or self._pool is None:
+        if self._pool is None:
             return
         try:
             self.flush(trainer)
         finally:
-            self._writing.clear()
-            self._writer.shutdown()
             self._pool.shutdown()
-            self._writer = self._pool = None
+            self._pool = None
 
     def _open(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -310,7 +297,6 @@ class Capture(Callback):
         self._pending, self._buffer, self._diverged, self._n_rows = None, [], set(), 0
         self._n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._n_threads, "svf-measure", initializer=_use_one_thread)
-        self._writer = ThreadPoolExecutor(1, "svf-write")
 
     @torch.no_grad()
     def _observe(self, pl_module: LightningModule) -> _Pending:
@@ -325,28 +311,25 @@ class Capture(Callback):
         self._n_rows += 1
         if self._n_rows % self.chunk:
             return False
-        self._measure_buffer(trainer)
+        self.flush(trainer)
         return True
 
-    def _measure_buffer(self, trainer: Trainer) -> None:
-        if not self._buffer or self._pool is None or self._writer is None:
-            return
-        chunk, self._buffer = self._buffer, []
-        n_parts = min(self._n_threads, len(chunk)) if chunk[0].probe.is_on_cpu else 1
-        bounds = [len(chunk) * i // n_parts for i in range(n_parts + 1)]
-        parts = self._pool.map(self._measure, (chunk[a:b] for a, b in pairwise(bounds)))
-        rows = Rows.concatenate(list(parts))
+    def _measure_chunk(self, chunk: list[_Pending], pool: ThreadPoolExecutor) -> Rows:
+        size = self._block_size(chunk)
+        blocks = list(pool.map(self._measure, (chunk[i : i + size] for i in range(0, len(chunk), size))))
+        names = list(blocks[0].values)
+        joined = pool.map(lambda name: _join([block.values[name][1] for block in blocks]), names)
+        values = {name: (blocks[0].values[name][0], array) for name, array in zip(names, joined, strict=True)}
         torch.set_num_threads(self._n_threads)  # _use_one_thread also changed the default of threads yet to come
-        self.last = rows
-        self._check_finite(rows)
-        while len(self._writing) >= _CHUNKS_IN_FLIGHT:  # memory stays flat if the disk is slower than the training
-            self._writing.popleft().result()
-        self._writing.append(self._writer.submit(self._hand_on, rows, trainer))
+        return replace(blocks[0], steps=np.concatenate([block.steps for block in blocks]), values=values)
 
-    def _hand_on(self, rows: Rows, trainer: Trainer) -> None:
-        for sink in self._sinks:
-            sink.consume(rows)
-        self._log(rows, trainer)
+    def _block_size(self, chunk: list[_Pending]) -> int:
+        """Rows that are measured in one batched call: on the CPU as many as stay in a core's cache."""
+        probe = chunk[0].probe
+        if not probe.is_on_cpu:
+            return len(chunk)
+        in_cache = max(2, _BLOCK_BYTES // max(1, probe.nbytes))
+        return min(in_cache, -(-len(chunk) // self._n_threads))
 
     @torch.inference_mode()
     def _measure(self, chunk: list[_Pending]) -> Rows:
@@ -407,6 +390,12 @@ class Capture(Callback):
         if self.last is None:
             return {}
         return {name: float(values[-1].mean()) for name, values in self.last.scalars().items()}
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """Blocks of rows as one array in which time runs fastest, as the trajectory stores it."""
+    joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype, order="F")
+    return np.concatenate(parts, out=joined)
 
 
 def _use_one_thread() -> None:

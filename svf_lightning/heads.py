@@ -116,7 +116,7 @@ def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tens
         U [..., n, r], S [..., r], V [..., m, r] with r = min(n, m), in the dtype of the input.
 
     Raises:
-        FactorizationError: Some matrix passes with no driver.
+        FactorizationError: Some matrix passes with no driver (only seen for subnormal entries, below about 1e-308).
     """
     finite = torch.isfinite(matrix).flatten(-2).all(-1)
     if not bool(finite.all()):

@@ -6,10 +6,9 @@ the replay of real checkpoints are two such modules; a user's own is a third.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from svf_lightning.errors import bad_value
 from svf_lightning.heads import AttentionHeads
+
+_T = TypeVar("_T")
 
 Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
 
@@ -71,8 +72,16 @@ class Probe:
     @property
     def is_on_cpu(self) -> bool:
         """True if no tensor lives on an accelerator."""
-        tensors = (self.features, self.heads.W_Q if self.heads else None, self.queries, self.keys)
-        return all(t is None or t.device.type == "cpu" for t in tensors)
+        return all(t.device.type == "cpu" for t in self._tensors())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what :meth:`snapshot` copies [bytes]."""
+        return sum(t.nbytes for t in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        heads = (self.heads.W_Q, self.heads.W_K, self.heads.b_Q, self.heads.b_K) if self.heads else ()
+        return [t for t in (*heads, self.features, self.queries, self.keys) if t is not None]
 
     def snapshot(self) -> Probe:
         """A copy that later training steps do not change (detached, same device)."""
@@ -80,15 +89,11 @@ class Probe:
 
     def _with(self, change: Callable[[Tensor | None], Tensor | None]) -> Probe:
         """The same probe with its tensors changed alike; not checked again, as this is on the path of every step."""
-        probe = copy.copy(self)
-        if self.heads is not None:
-            heads = copy.copy(self.heads)
-            for name in ("W_Q", "W_K", "b_Q", "b_K"):
-                object.__setattr__(heads, name, change(getattr(self.heads, name)))
-            object.__setattr__(probe, "heads", heads)
-        for name in ("features", "queries", "keys"):
-            object.__setattr__(probe, name, change(getattr(self, name)))
-        return probe
+        heads = self.heads
+        if heads is not None:
+            heads = _copy_with(heads, {name: change(getattr(heads, name)) for name in ("W_Q", "W_K", "b_Q", "b_K")})
+        tensors = {name: change(getattr(self, name)) for name in ("features", "queries", "keys")}
+        return _copy_with(self, {"heads": heads, **tensors})
 
     @staticmethod
     def stack(probes: Sequence[Probe]) -> Probe:
@@ -127,6 +132,12 @@ class Probed(Protocol):
     def probe(self) -> Probe:
         """The module's heads and features as they are now."""
         ...
+
+
+def _copy_with(instance: _T, fields: Mapping[str, object]) -> _T:
+    other = object.__new__(type(instance))
+    vars(other).update(vars(instance), **fields)
+    return other
 
 
 def _detached_copy(tensor: Tensor | None) -> Tensor | None:

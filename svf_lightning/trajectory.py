@@ -11,6 +11,7 @@ are computed when somebody looks at them, by the functions that the metrics use.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,7 @@ FILE_NAME = "trajectory.zarr"
 FORMAT = 1
 _METADATA = ".zmetadata"
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
+_CHUNK_BYTES = 4 << 20
 _CAPACITY = 1 << 40  # rows that the arrays' own metadata announce; the consolidated metadata know how many there are
 
 Column = tuple[tuple[str, ...], np.ndarray]
@@ -215,11 +217,12 @@ class TrajectoryStore:
             group.create_array(
                 name,
                 shape=(0, *shape),
-                chunks=(self.rows_per_chunk, *(max(1, size) for size in shape)),
+                chunks=_chunk_shape(self.rows_per_chunk, shape, dtype.itemsize),
                 dtype=dtype,
                 order="F",  # time runs fastest inside a chunk: neighbouring steps differ little, so this packs best
                 compressors=Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE),
                 fill_value=None,
+                config={"write_empty_chunks": True},  # else every chunk is first compared with the fill value
                 attributes={"_ARRAY_DIMENSIONS": ["step", *dims]},
             )
         for name, (dims, values) in coords.items():
@@ -256,6 +259,19 @@ class TrajectoryStore:
             self._metadata["metadata"][f"{name}/.zarray"]["shape"][0] = n_rows
         write_text(self.path / _METADATA, json.dumps(self._metadata))
         self._n_rows = n_rows
+
+
+def _chunk_shape(n_rows: int, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Storage chunk [rows, *shape], cut along the leading dimensions (instance, layer) until it is small enough.
+
+    Small chunks are cheap to write, as their buffers are used again, and one instance can be read without the others.
+    """
+    chunk = [n_rows, *(max(1, size) for size in shape)]
+    for axis in range(1, len(chunk)):
+        if math.prod(chunk) * itemsize <= _CHUNK_BYTES:
+            break
+        chunk[axis] = 1
+    return tuple(chunk)
 
 
 def _pack(columns: Mapping[str, Column]) -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from svf_lightning.errors import bad_value
+
 
 class InstanceMean(Metric):
     """Mean over the batches of a loop, one value per instance (torchmetrics' own mean would average the instances).
@@ -25,7 +27,13 @@ class InstanceMean(Metric):
         self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, value: Float[Tensor, "..."], weight: float = 1.0) -> None:
-        """Add one batch's value, with its weight (e.g. its number of sequences)."""
+        """Add one batch's value, with its weight (e.g. its number of sequences).
+
+        Raises:
+            InputError: The value has another shape than announced.
+        """
+        if value.shape != self.total.shape:
+            raise bad_value("value.shape", tuple(value.shape), str(tuple(self.total.shape)), "pass one per instance")
         self.total += value.detach().to(self.total) * weight
         self.weight += weight
 

@@ -16,7 +16,7 @@ from svf_lightning.metrics.geometry import unit_features
 class PairAlignment(NamedTuple):
     """What each of P target pairs (query feature i, key feature j) finds in the singular basis."""
 
-    index: Int[Tensor, "... P"]  # type: ignore[assignment]  # matched singular index k, from 0; -1 if P > R left none for this pair
+    index: Int[Tensor, "... P"]  # type: ignore[assignment]  # matched singular index k, from 0; -1 if none is left for this pair
     left: Float[Tensor, "... P"]  # |cos(w_i, u_k)|, in [0, 1]; 0 where unmatched
     right: Float[Tensor, "... P"]  # |cos(w_j, v_k)|, in [0, 1]; 0 where unmatched
     sigma: Float[Tensor, "... P"]  # sigma_k, >= 0; 0 where unmatched
@@ -37,7 +37,7 @@ def cosine_matrix(features: Float[Tensor, "... D N"], vectors: Float[Tensor, "..
             f"[..., {features.shape[-2]}, R], as the features live in {features.shape[-2]} dimensions",
             "compare features and vectors of one residual stream",
         )
-    return (unit_features(features).mT @ unit_features(vectors)).abs()
+    return (unit_features(features).mT @ unit_features(vectors)).abs().clamp_max(1)  # rounding may pass 1
 
 
 def match_pairs(left: Float[Tensor, "... P R"], right: Float[Tensor, "... P R"]) -> Int[Tensor, "... P"]:
@@ -50,18 +50,21 @@ def match_pairs(left: Float[Tensor, "... P R"], right: Float[Tensor, "... P R"])
         right: |cos(w_j, v_k)| for the key feature j of each pair.
 
     Returns:
-        Singular index of each pair; -1 for the P - R pairs that are left over when P > R.
+        Singular index of each pair; -1 for the P - R pairs that are left over when P > R, and for a pair whose cosines
+        hold NaN.
     """
     gain = (left * right).detach()
+    undefined = gain.isnan().any(-1)
+    gain = torch.nan_to_num(gain)
     n_pairs, n_singular = gain.shape[-2:]
     if n_pairs == 1:  # no competition: the best index is the best index
-        return torch.nan_to_num(gain).argmax(-1)
-    rows = torch.nan_to_num(gain).double().cpu().numpy().reshape(-1, n_pairs, n_singular)
+        return gain.argmax(-1).masked_fill(undefined, -1)
+    rows = gain.double().cpu().numpy().reshape(-1, n_pairs, n_singular)
     index = torch.full((len(rows), n_pairs), -1, dtype=torch.long)
     for target, row in zip(index, rows, strict=True):
         pair, singular = linear_sum_assignment(row, maximize=True)
         target[torch.from_numpy(pair)] = torch.from_numpy(singular)
-    return index.reshape(gain.shape[:-1]).to(gain.device)
+    return index.reshape(gain.shape[:-1]).to(gain.device).masked_fill(undefined, -1)
 
 
 def align_pairs(
@@ -75,7 +78,7 @@ def align_pairs(
 
     Near-equal singular values leave their vectors free to rotate inside the common span; the subspace score is the norm
     of the projection of the unit feature on the span of all vectors whose sigma lies within ``relative_gap`` of the
-    matched one, so it does not depend on that rotation.
+    matched one, so it does not depend on that rotation. A pair whose cosines hold NaN scores NaN throughout.
 
     Args:
         left: |cos(w_i, u_k)| for the query feature i of each pair (:func:`cosine_matrix`).
@@ -85,23 +88,28 @@ def align_pairs(
     """
     index = match_pairs(left, right)
     found = index >= 0
+    undefined = (left * right).isnan().any(-1)
     at = index.clamp_min(0)
     sigma = S.gather(-1, at)
     block = (S[..., None, :] - sigma[..., :, None]).abs() <= relative_gap * sigma[..., :, None]
 
+    def where_found(scores: Tensor) -> Tensor:
+        return scores.masked_fill(~found, 0).masked_fill(undefined, torch.nan)
+
     def pick(cosines: Tensor) -> Tensor:
-        return cosines.gather(-1, at[..., None]).squeeze(-1) * found
+        return where_found(cosines.gather(-1, at[..., None]).squeeze(-1))
 
     def project(cosines: Tensor) -> Tensor:
-        return (cosines.square() * block).sum(-1).sqrt().clamp_max(1) * found
+        return where_found((cosines.square() * block).sum(-1).sqrt().clamp_max(1))
 
-    return PairAlignment(index, pick(left), pick(right), sigma * found, project(left), project(right))
+    return PairAlignment(index, pick(left), pick(right), where_found(sigma), project(left), project(right))
 
 
 def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
     """``1 - mean |w_i^T Omega w_j - T_ij| / mean |T_ij|``: 1 where the head gives every pair its target logit.
 
-    At most 1; 0 for a head that does nothing, negative for one that is further off than that (a choice).
+    At most 1; 0 for a head that does nothing, negative for one that is further off than that (a choice). Where every
+    target is 0 there is nothing to compare with: NaN, or -inf for a head that gives other logits.
     """
     return 1 - (effective - target).abs().mean(-1) / target.abs().mean(-1)
 

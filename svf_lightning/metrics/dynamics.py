@@ -35,6 +35,6 @@ def time_of_change(
     reached = progress >= fraction
     stays = reached.flip(0).cummin(0).values.flip(0)  # bool cummin: True while every later value is True
     first = stays.to(torch.int8).argmax(0)
-    time = steps.to(torch.float64)[first]
+    time = steps.to(series.device, torch.float64)[first]
     valid = torch.isfinite(series).all(0) & (way != 0)
     return torch.where(valid, time, torch.nan)

@@ -15,7 +15,7 @@ def unit_features(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D N"
 
 
 def gram(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N N"]:
-    """Signed cosines ``G = X^T X`` of the unit columns, in [-1, 1]."""
+    """Signed cosines ``G = X^T X`` of the unit columns, in [-1, 1] up to rounding."""
     x = unit_features(features)
     return x.mT @ x
 
@@ -62,9 +62,11 @@ def feature_dimensionality(
         In [0, 1]: 1 for a feature with a dimension of its own, 1/2 for one of an antipodal pair, 0 for a zero column.
     """
     cosines = gram(features) if cosines is None else cosines
-    size = features.square().sum(-2)
+    tiny = torch.finfo(features.dtype).tiny
+    scaled = features / features.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # squares may under- or overflow
+    size = scaled.square().sum(-2)
     overlap = (cosines.square() @ size[..., None]).squeeze(-1)
-    return size / overlap.clamp_min(torch.finfo(features.dtype).tiny)
+    return size / overlap.clamp_min(tiny)
 
 
 def interference(features: Float[Tensor, "... D N"]) -> Float[Tensor, "..."]:

@@ -8,7 +8,7 @@ def n_significant(S: Float[Tensor, "... R"], threshold: float = 0.05) -> Int[Ten
     """Number of singular values above ``threshold`` (fraction, in (0, 1)) of the largest (a choice: 5 %).
 
     Returns:
-        Count in 0..R; 0 for a head that is zero.
+        Count in 0..R; 0 for a head that is zero, or not finite.
     """
     return (threshold * S[..., :1] < S).sum(-1)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svf_lightning.errors import InputError
 from svf_lightning.metrics import InstanceMean
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -110,7 +111,7 @@ def test_nan_in_one_instance_leaves_the_others_alone():
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=str)
 def test_value_of_the_wrong_shape_is_an_error(shape):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match="value.shape"):
         InstanceMean((3,)).update(torch.ones(shape))
 
 

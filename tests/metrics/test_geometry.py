@@ -185,6 +185,12 @@ def test_dimensionality_equals_the_explicit_loops(dtype, seed, n_model, n_featur
     assert got.sum() <= min(n_model, n_features) + 20 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_dimensionality_does_not_depend_on_the_common_length_at_the_ends_of_float32(scale):
+    w = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(feature_dimensionality(w * scale), feature_dimensionality(w))
+
+
 @DTYPES
 def test_orthonormal_features_have_one_dimension_each(dtype):
     got = feature_dimensionality(orthonormal(13, 5, dtype) * torch.tensor([1.0, 2, 3, 0.5, 0.1], dtype=dtype))
