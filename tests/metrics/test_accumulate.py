@@ -111,7 +111,7 @@ def test_nan_in_one_instance_leaves_the_others_alone():
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=str)
 def test_value_of_the_wrong_shape_is_an_error(shape):
-    with pytest.raises(InputError, match="value.shape"):
+    with pytest.raises(InputError, match="value"):
         InstanceMean((3,)).update(torch.ones(shape))
 
 
