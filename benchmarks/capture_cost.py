@@ -115,8 +115,7 @@ def main() -> None:
     for n in (1, 8, 64):
         sized = {**settings, "model": {**settings["model"], "n_instances": n}}
         n_steps, n_repeats = max(64, options.steps // 4), max(1, options.repeats // 2)
-        times = [segment(sized, n_steps, capture=False).whole for _ in range(n_repeats)]
-        ms = statistics.median(times)
+        ms = statistics.median(segment(sized, n_steps, capture=False).whole for _ in range(n_repeats))
         table.add_row(str(n), f"{ms:.2f}", f"{1e3 * n / ms:,.0f}")
     console.print(table)
 
