@@ -31,10 +31,11 @@ _LOSS_PREFIX = "loss/"
 
 
 class Measured(NamedTuple):
-    """A measured quantity with dimensions of its own, after those of the probe: values [..., *dims]."""
+    """A measured quantity with dimensions of its own, after those of the probe: values [step, *batch_dims, *dims]."""
 
     values: Tensor
-    dims: tuple[str, ...]
+    dims: tuple[str, ...] = ()
+    batch_dims: tuple[str, ...] | None = None  # those of the probe's (without step) that it has; None for all
 
 
 Measurement = Mapping[str, Tensor | Measured]
@@ -50,8 +51,9 @@ class Rows:
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, np.ndarray]:
-        """The quantities with no dimensions but the probe's: arrays [K, *batch]."""
-        return {name: values for name, (dims, values) in self.values.items() if dims == self.batch_dims}
+        """The quantities with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
+        batch = self.batch_dims
+        return {name: values for name, (dims, values) in self.values.items() if dims == batch[: len(dims)]}
 
 
 class ProbeMetric(Callback, ABC):
@@ -80,7 +82,8 @@ class ProbeMetric(Callback, ABC):
         Must not draw from the global random generators, nor change the probe.
 
         Returns:
-            By name: values with the probe's leading dimensions, or :class:`Measured` with further named ones.
+            By name: values with the probe's leading dimensions (or the first few of them), or :class:`Measured` with
+            further named ones.
         """
 
 
@@ -347,7 +350,11 @@ class Capture(Callback):
         batch = probe.batch_dims[1:]
         values = {}
         for name, value in found.items():
-            dims, tensor = (batch + value.dims, value.values) if isinstance(value, Measured) else (batch, value)
+            if isinstance(value, Measured):
+                tensor = value.values
+                dims = (batch if value.batch_dims is None else value.batch_dims) + value.dims
+            else:
+                tensor, dims = value, batch[: value.ndim - 1]
             values[name] = (dims, tensor.cpu().numpy())
         coords = {
             name: (dims, v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v))
@@ -362,6 +369,8 @@ class Capture(Callback):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         last = trainer.max_steps if trainer.state.fn == "fit" else rows.steps[-1]
         picked = [k for k, step in enumerate(rows.steps) if step % every == 0 or step == last]
+        if not picked:
+            return
         columns: dict[str, np.ndarray] = {}
         for name, values in rows.scalars().items():
             flat = values[picked].reshape(len(picked), -1)
@@ -380,7 +389,7 @@ class Capture(Callback):
             if where not in self._diverged:
                 self._diverged.add(where)
                 step = rows.steps[bad[(slice(None), *where)].argmax()]
-                label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=True))
+                label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=False))
                 print(f"svf-lightning: {label} diverged: loss/total is not finite at step {step}", file=sys.stderr)  # noqa: T201
         if bad[-1].all():
             raise DivergedError(f"every instance diverged by step {rows.steps[-1]}: lower the learning rate")

@@ -35,7 +35,7 @@ class FeatureOrthogonality(ProbeMetric):
             "orthogonality/interference": interference(W),
             "orthogonality/dimensionality": dimensionality.mean(-1),
             "orthogonality/antipodal": -G.amin(-1).mean(-1),
-            "W": Measured(W, ("d_model", "feature")),
+            "W": Measured(W, ("d_model", "feature"), (probe.feature_dims or ())[1:]),
         }
         if n_rest >= 2:
             found["orthogonality/rest_vs_rest"] = inside

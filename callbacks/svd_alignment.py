@@ -65,7 +65,8 @@ class SVDAlignment(ProbeMetric):
         spectrum = {**spectrum, "U": Measured(svd.U, ("d_model", "rank")), "V": Measured(svd.V, ("d_model", "rank"))}
         if probe.pair_logits is None or len(probe.pairs) == 0:
             return spectrum
-        query, key = (probe.features[..., probe.pairs[:, side]] for side in (0, 1))
+        features = probe.for_heads(probe.features)
+        query, key = (features[..., probe.pairs[:, side]] for side in (0, 1))
         found = align_pairs(
             cosine_matrix(query, svd.U), cosine_matrix(key, svd.V), S, relative_gap=self.relative_gap
         )  # fmt: skip

@@ -26,21 +26,23 @@ Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
 class Probe:
     """A module's heads and features at one training step.
 
-    All tensors share the leading dimensions named by ``batch_dims``, for example ("instance",) or ("layer", "head").
+    Heads and logits have the leading dimensions named by ``batch_dims``, for example ("instance",), ("instance",
+    "head") or ("layer", "head"); features, queries and keys the first few of them, as named by ``feature_dims``.
 
     Args:
         step: Training step (optimizer updates done) that the weights stand for; [K] after :meth:`stack`.
         heads: Attention heads with W_Q, W_K [..., H, D], or None if there are none to look at.
-        features: Feature directions as columns W [..., D, N], or None if they are not known.
+        features: Feature directions as columns W [*feature_dims, D, N], or None if they are not known.
         pairs: Attended pairs (query feature, key feature), int64 [P, 2]; P may be 0.
         pair_logits: Target logit T_ij of each pair [..., P].
-        queries: Observed queries [..., n, D] (optional).
-        keys: Observed keys [..., n, m, D] (optional).
+        queries: Observed queries [*feature_dims, n, D] (optional).
+        keys: Observed keys [*feature_dims, n, m, D] (optional).
         batch_dims: Names of the leading dimensions.
+        feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
         coords: Labels that hold for the whole run, by name: (dimensions, values); they travel with the trajectory.
 
     Raises:
-        InputError: Leading dimensions that do not agree, or a pair that names a feature that is not there.
+        InputError: Leading dimensions that do not agree.
     """
 
     step: int | Int[Tensor, " K"]
@@ -51,12 +53,18 @@ class Probe:
     queries: Float[Tensor, "... n D"] | None = None
     keys: Float[Tensor, "... n m D"] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
+    feature_dims: tuple[str, ...] | None = None
     coords: Mapping[str, Coordinate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.batch_dims)
+        if self.feature_dims is None:
+            object.__setattr__(self, "feature_dims", self.batch_dims)
+        n_features = len(self.feature_dims or ())
+        if self.feature_dims != self.batch_dims[:n_features]:
+            raise bad_value("feature_dims", self.feature_dims, f"a beginning of {self.batch_dims}", "reorder")
         shapes = {
-            name: tuple(tensor.shape[:n])
+            name: (tuple(tensor.shape[:n]) if name != "features" else tuple(tensor.shape[:n_features]))
             for name, tensor in (
                 ("heads.W_Q", self.heads.W_Q if self.heads else None),
                 ("features", self.features),
@@ -64,10 +72,16 @@ class Probe:
             )
             if tensor is not None
         }
-        if len(set(shapes.values())) > 1:
+        longest = max(shapes.values(), key=len, default=())
+        if any(shape != longest[: len(shape)] for shape in shapes.values()):
             raise bad_value(
                 "Probe", shapes, f"one shape for the dimensions {self.batch_dims}", "expand the smaller one"
             )
+
+    def for_heads(self, features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D N"]:
+        """Features with a dimension of size 1 for each leading dimension that only the heads have."""
+        missing = len(self.batch_dims) - len(self.feature_dims or ())
+        return features.reshape(*features.shape[:-2], *(1,) * missing, *features.shape[-2:])
 
     @property
     def is_on_cpu(self) -> bool:
@@ -122,6 +136,7 @@ class Probe:
             queries=_stack([p.queries for p in probes]),
             keys=_stack([p.keys for p in probes]),
             batch_dims=("step", *first.batch_dims),
+            feature_dims=("step", *(first.feature_dims or ())),
         )
 
 

@@ -104,9 +104,8 @@ def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
     from xarray.core import indexing
 
     sources = [dataset[name].variable for name in derivation.sources]
-    batch_dims = sources[0].dims[:-2]
-    sizes = {**dict(zip(sources[0].dims, sources[0].shape, strict=True)), **dataset.sizes}
-    sizes["feature_2"] = sizes["feature"]
+    batch_dims = max((source.dims[:-2] for source in sources), key=len)
+    sizes = {**dataset.sizes, "feature_2": dataset.sizes["feature"]}
     dims = batch_dims + derivation.dims
 
     class Derived(BackendArray):
@@ -118,7 +117,12 @@ def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
 
         def _compute(self, key: tuple[int | slice, ...]) -> np.ndarray:
             n = len(batch_dims)
-            parts = [torch.tensor(source[key[:n]].values) for source in sources]
+            parts = []
+            for source in sources:
+                own = len(source.dims) - 2
+                part = torch.tensor(source[key[:own]].values)
+                missing = sum(isinstance(k, slice) for k in key[own:n])  # heads have dimensions that features lack
+                parts.append(part.reshape(*part.shape[:-2], *(1,) * missing, *part.shape[-2:]))
             n_left = sum(isinstance(k, slice) for k in key[:n])
             rest: Any = (slice(None),) * n_left + key[n:]
             return np.asarray(derivation.compute(*parts).numpy()[rest])

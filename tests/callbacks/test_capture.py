@@ -234,7 +234,7 @@ class Recorder(pl.loggers.logger.DummyLogger):
 
 def test_the_logger_gets_one_dictionary_per_step_with_mean_min_and_max(tmp_path):
     logger = Recorder()
-    train(tmp_path, steps=10, callbacks=capture(chunk=4), trainer={"logger": logger, "log_every_n_steps": 3})
+    train(tmp_path, steps=10, callbacks=capture(chunk=2), trainer={"logger": logger, "log_every_n_steps": 3})
     steps = [step for step, metrics in logger.rows if "loss/total" in metrics]
     assert steps == [0, 3, 6, 9, 10]
     dataset = open_trajectory(tmp_path)
