@@ -4,19 +4,24 @@ from svf_lightning.callbacks.capture import Capture, Measured, Measurement, Prob
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
 from svf_lightning.callbacks.progress import StepProgress
 from svf_lightning.callbacks.run_summary import RunSummary
+from svf_lightning.callbacks.sharing import HeadSharing, PairSharing
 from svf_lightning.callbacks.svd_alignment import SVDAlignment
+from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
 
 __all__ = [
     "Capture",
     "FeatureOrthogonality",
+    "HeadSharing",
     "Measured",
     "Measurement",
+    "PairSharing",
     "ProbeMetric",
     "RowSink",
     "Rows",
     "RunSummary",
     "SVDAlignment",
     "StepProgress",
+    "TheoryGap",
     "TrajectoryWriter",
 ]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from svf_lightning.callbacks.capture import Capture
+from svf_lightning.callbacks.capture import Capture, Rows
 from svf_lightning.claims import Claim, Verdict, judge
 from svf_lightning.metrics import time_of_change
 from svf_lightning.run_dir import SUMMARY, versions, write_json
@@ -30,6 +30,7 @@ _IN_TABLE = (
     "alignment/matched",
     "alignment/matched_min",
     "alignment/subspace",
+    "alignment/unwhitened",
     "alignment/logit_fidelity",
     "orthogonality/attended_vs_rest",
     "orthogonality/rest_vs_rest",
@@ -37,6 +38,7 @@ _IN_TABLE = (
     "orthogonality/antipodal",
     *_DYNAMICS,
 )
+_PREFIXES_IN_TABLE = ("theory", "sharing", "heads")
 
 
 class RunSummary(Callback):
@@ -87,7 +89,7 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Trainer, status: str) -> None:
         metrics = self._final_metrics(trainer)
-        self.verdicts = [judge(claim, metrics) for claim in self.claims]
+        self.verdicts = [judge(claim, {**self._settings(trainer), **metrics}) for claim in self.claims]
         run_dir = Path(self.run_dir or trainer.default_root_dir)
         last = Capture.of(trainer).last
         summary = {
@@ -112,11 +114,16 @@ class RunSummary(Callback):
                 logger.log_metrics({k: float(v) for k, v in dynamics.items()}, step=summary["steps"])  # type: ignore[arg-type]
         self._print(trainer, status, metrics, summary)
 
+    def _settings(self, trainer: Trainer) -> dict[str, np.ndarray]:
+        """What the instances differ in, so that a claim can be about some of them (``among: lambda_attn >= 1``)."""
+        last = Capture.of(trainer).last
+        return {name: values for name, (dims, values) in (last.coords if last else {}).items() if dims == ("instance",)}
+
     def _final_metrics(self, trainer: Trainer) -> dict[str, np.ndarray]:
         capture = Capture.of(trainer)
         if capture.last is None:
             return {}
-        metrics = {name: values[-1].reshape(-1) for name, values in capture.last.scalars().items()}
+        metrics = {name: _per_instance(values[-1:], capture.last)[0] for name, values in capture.last.scalars().items()}
         if trainer.state.fn != "fit":
             return metrics
         run_dir = self.run_dir or trainer.default_root_dir
@@ -126,7 +133,7 @@ class RunSummary(Callback):
         steps = torch.tensor(trajectory["step"].values)
         for name, source in _DYNAMICS.items():
             if source in trajectory:
-                series = torch.tensor(trajectory[source].values).reshape(len(steps), -1)
+                series = torch.tensor(_per_instance(trajectory[source].values, capture.last))
                 metrics[name] = time_of_change(series, steps).numpy()
         return metrics
 
@@ -143,7 +150,8 @@ class RunSummary(Callback):
         table.add_column("metric", no_wrap=True)
         for column in ("mean", "min", "max") if n > 1 else ("value",):
             table.add_column(column, justify="right")
-        for name in _IN_TABLE:
+        extra = [name for name in sorted(metrics) if name.split("/")[0] in _PREFIXES_IN_TABLE]
+        for name in (*_IN_TABLE, *extra):
             if name in metrics:
                 values = metrics[name]
                 shown = (np.mean(values), np.min(values), np.max(values)) if n > 1 else (values[0],)
@@ -161,9 +169,19 @@ class RunSummary(Callback):
         claims.add_column("holds", no_wrap=True)
         for v in self.verdicts:
             holds = Text("yes", style="green") if v.holds else Text("NO", style="bold red")
+            if v.holds is None:
+                holds = Text("?")
             measured = "not measured" if v.measured is None else _number(v.measured)
             claims.add_row(Text(v.claim), Text(v.figure), measured, Text(v.needed), holds)
         console.print(claims)
+
+
+def _per_instance(values: np.ndarray, rows: Rows) -> np.ndarray:
+    """Values [K, *batch] as [K, instance], means over the other dimensions; without instances, as [K, all heads]."""
+    flat = values.reshape(len(values), -1)
+    if rows.batch_dims[0] != "instance" or values.ndim < 3:
+        return flat
+    return np.asarray(flat.reshape(len(values), values.shape[1], -1).mean(-1))
 
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:

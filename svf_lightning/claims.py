@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -24,24 +25,54 @@ class Claim:
         figure: Where the paper makes it, e.g. "Fig. 2a".
         metric: Name of the metric it is about.
         over: Which value over the instances must hold: the worst one is "min" for >=, "max" for <=.
-        relation: Comparison of the metric with the threshold, or with the other metric.
-        threshold: Number to compare with; with ``other``, the share of instances, in [0, 1], that must satisfy it.
+        relation: Comparison of the metric with the threshold, or with the other metric; null for an open question,
+            whose answer is measured and not judged.
+        threshold: Number to compare with; with ``other``, the share of instances, in [0, 1], that must satisfy it. Null
+            for an open question.
         other: A second metric, compared instance by instance; null for none.
+        among: Which instances the claim is about, as conditions on their metrics: "orthogonality/interference >= 35 and
+            orthogonality/interference <= 45"; null for all.
     """
 
     claim: str
     figure: str
     metric: str
-    relation: Literal["<", "<=", ">", ">="]
-    threshold: float
+    relation: Literal["<", "<=", ">", ">="] | None = None
+    threshold: float | None = None
     over: Literal["mean", "min", "max"] = "mean"
     other: str | None = None
+    among: str | None = None
 
     def __post_init__(self) -> None:
-        if self.relation not in _RELATIONS:
+        if (self.relation is None) != (self.threshold is None):
+            raise bad_value(
+                "threshold",
+                self.threshold,
+                "a number with a relation, null without",
+                f"change the claim {self.claim!r}",
+            )
+        if self.relation is None and self.other is not None:
+            raise bad_value("other", self.other, "null for an open question", f"change the claim {self.claim!r}")
+        if self.relation is not None and self.relation not in _RELATIONS:
             raise bad_value("relation", self.relation, "<, <=, > or >=", f"change the claim {self.claim!r}")
+        for condition in self.conditions():
+            if condition is None:
+                raise bad_value(
+                    "among", self.among, "METRIC RELATION NUMBER, joined by and", f"change the claim {self.claim!r}"
+                )
         if self.over not in ("mean", "min", "max"):
             raise bad_value("over", self.over, "mean, min or max", f"change the claim {self.claim!r}")
+
+    def conditions(self) -> list[tuple[str, str, float] | None]:
+        """The conditions in ``among``: (metric, relation, number); None for one that cannot be read."""
+        found: list[tuple[str, str, float] | None] = []
+        for part in self.among.split(" and ") if self.among else []:
+            match = re.fullmatch(r"\s*(\S+) (<|<=|>|>=) (\S+)\s*", part)
+            try:
+                found.append((match[1], match[2], float(match[3])) if match else None)
+            except ValueError:
+                found.append(None)
+        return found
 
 
 @dataclass(frozen=True)
@@ -49,13 +80,14 @@ class Verdict:
     """A claim and what a run says about it.
 
     ``measured`` is None where the run does not tell (a metric that is missing, or not a number); then it does not hold.
+    ``threshold`` and ``holds`` are None for an open question.
     """
 
     claim: str
     figure: str
     measured: float | None
-    threshold: float
-    holds: bool
+    threshold: float | None
+    holds: bool | None
     rule: str  # what was compared, in symbols
     needed: str  # the same without the metric's name, for a table
 
@@ -71,19 +103,36 @@ def judge(claim: Claim, metrics: Mapping[str, np.ndarray]) -> Verdict:
         claim: What is claimed.
         metrics: Final values by metric name, one entry per instance.
     """
-    compare = _RELATIONS[claim.relation]
+    metrics = _among(claim, metrics)
     values = metrics.get(claim.metric, np.empty(0))
+    where = f" with {claim.among}" if claim.among else ""
+    if claim.relation is None or claim.threshold is None:
+        measured = float(getattr(np, claim.over)(values)) if len(values) else math.nan
+        known = measured if math.isfinite(measured) else None
+        rule = f"{claim.over} of {claim.metric} over instances{where}"
+        return Verdict(claim.claim, claim.figure, known, None, None, rule, f"{claim.over}, open question")
+    compare = _RELATIONS[claim.relation]
     if claim.other is not None:
         others = metrics.get(claim.other, np.empty(0))
         needed = f"share >= {claim.threshold:g}"
-        rule = f"{needed} of instances with {claim.metric} {claim.relation} {claim.other}"
+        rule = f"{needed} of instances{where} have {claim.metric} {claim.relation} {claim.other}"
         # a comparison with NaN is False
         measured = float(np.mean(compare(values, others))) if len(values) == len(others) > 0 else math.nan
         holds = measured >= claim.threshold
     else:
         needed = f"{claim.over} {claim.relation} {claim.threshold:g}"
-        rule = f"{needed} of {claim.metric} over instances"
+        rule = f"{needed} of {claim.metric} over instances{where}"
         measured = float(getattr(np, claim.over)(values)) if len(values) else math.nan
         holds = bool(compare(measured, claim.threshold))
     known = measured if math.isfinite(measured) else None
     return Verdict(claim.claim, claim.figure, known, claim.threshold, holds and known is not None, rule, needed)
+
+
+def _among(claim: Claim, metrics: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The metrics of the instances that the claim is about."""
+    for condition in claim.conditions():
+        assert condition is not None  # checked when the claim was made
+        name, relation, number = condition
+        chosen = _RELATIONS[relation](metrics.get(name, np.empty(0)), number)
+        metrics = {key: values[chosen] for key, values in metrics.items() if len(values) == len(chosen)}
+    return metrics

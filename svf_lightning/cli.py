@@ -54,6 +54,21 @@ class Experiment:
     claims: list[Claim] = field(default_factory=list)
 
 
+@dataclass
+class CaptureOptions:
+    """When the metrics look. The first step and the last one are always captured.
+
+    Args:
+        every_n_steps: Capture every n-th training step.
+        log_spaced: Capture about this many steps per factor of ten instead (0: off).
+        chunk: Rows that are measured and written together.
+    """
+
+    every_n_steps: int = 1
+    log_spaced: int = 0
+    chunk: int = 128
+
+
 class ToyCLI(LightningCLI):
     """LightningCLI with run directories, presets and one-line errors."""
 
@@ -78,8 +93,10 @@ class ToyCLI(LightningCLI):
             help="Directory of this run (default: runs/<experiment.name>/<id>).",
         )
         parser.add_class_arguments(Experiment, "experiment")
+        parser.add_class_arguments(CaptureOptions, "capture")
         parser.link_arguments("model.n_features", "data.n_features")
         parser.link_arguments("model.n_instances", "data.n_instances")
+        parser.link_arguments("data.context_length", "model.context_length")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -138,6 +155,8 @@ class ToyCLI(LightningCLI):
                 given.job_type = given.job_type or self.subcommand
                 given.tags = given.tags or experiment.tags
         for entry in config.trainer.get("callbacks") or []:
+            if entry.class_path.endswith(".Capture"):
+                entry.init_args.update(config.capture)
             if entry.class_path.endswith(".RunSummary"):
                 entry.init_args.experiment = entry.init_args.experiment or experiment.name
                 if self.subcommand == "fit" and not entry.init_args.claims:

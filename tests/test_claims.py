@@ -66,3 +66,40 @@ def test_a_directory_that_holds_a_run_is_not_free(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match="already holds a run"):
         check_free(tmp_path)
+
+
+def test_an_open_question_is_measured_and_not_judged():
+    verdict = judge(Claim(claim="how much?", figure="", metric="m", over="max"), {"m": np.array([1.0, 3.0])})
+    assert verdict.measured == 3
+    assert verdict.holds is None
+    assert verdict.threshold is None
+
+
+def test_a_claim_may_be_about_some_instances_only():
+    metrics = {"x": np.array([1.0, 2.0, 3.0, 4.0]), "m": np.array([9.0, 5.0, 7.0, 0.0])}
+    claim = Claim(claim="", figure="", metric="m", over="mean", relation=">=", threshold=6, among="x >= 2 and x < 4")
+    assert judge(claim, metrics).measured == 6
+    assert judge(claim, metrics).holds
+    assert "with x >= 2 and x < 4" in judge(claim, metrics).rule
+
+
+def test_a_claim_about_no_instance_does_not_hold():
+    claim = Claim(claim="", figure="", metric="m", relation=">=", threshold=0, among="x > 5")
+    verdict = judge(claim, {"x": np.array([1.0]), "m": np.array([1.0])})
+    assert verdict.measured is None
+    assert verdict.holds is False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relation": ">="},
+        {"threshold": 1.0},
+        {"other": "x"},
+        {"relation": ">=", "threshold": 1.0, "among": "x is large"},
+        {"relation": ">=", "threshold": 1.0, "among": "x > many"},
+    ],
+)
+def test_a_claim_that_cannot_be_read_is_an_input_error(options):
+    with pytest.raises(InputError):
+        Claim(claim="", figure="", metric="m", **options)

@@ -15,7 +15,7 @@ from svf_lightning.errors import bad_value
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
 
 # streams of draws that never meet; part of the generator's key
-_TRAIN, _VALIDATE, _TEST = 0, 1, 2
+_TRAIN, _VALIDATE, _TEST, _OBSERVE = 0, 1, 2, 3
 
 
 def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -103,6 +103,18 @@ class ToyData(pl.LightningDataModule):
             ]
         )
         return sparse_activations(uniform, self._p.to(device))
+
+    def observed(self, n_sequences: int, *, device: torch.device | str = "cpu") -> Float[Tensor, "I n m1 N"]:
+        """Activations of the first sequences of a held-out draw that is the same in every run of this seed.
+
+        Raises:
+            InputError: More sequences than a batch has.
+        """
+        if n_sequences > self.batch_size:
+            raise bad_value(
+                "n_observed", n_sequences, f"at most data.batch_size={self.batch_size}", "change --model.n_observed"
+            )
+        return self.draw(0, device=device, stream=_OBSERVE)[:, :n_sequences]
 
     def train_dataloader(self) -> Draws:
         """Draws from the current step on, without end."""

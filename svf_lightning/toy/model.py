@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from svf_lightning.probe import Coordinate, Probe
 from svf_lightning.toy.features import ToyData
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
 from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
+from svf_lightning.toy.weights import FEATURE_KINDS, initial_features, initial_head
 
 Losses = dict[str, Tensor]
 
@@ -31,10 +31,17 @@ class ToyAttentionModel(pl.LightningModule):
     ``L = L_recon + lambda * L_attn``. The loss that is differentiated is the sum over instances, so that each trains
     as if it were alone.
 
+    With ``rope`` (Appendix D), key j = 0..m-1 stands at position j and the query at position m, after the keys (a
+    choice); queries and keys are rotated by their position, so that the head has one bilinear form per offset 1..m:
+    ``Omega_delta = W_Q^T R_delta^T W_K``. Several heads add up their logits.
+
     Args:
         n_features: N, number of features.
         d_model: D, dimension of a token.
-        d_head: H, dimension of queries and keys; null for d_model.
+        d_head: H, dimension of queries and keys of one head; null for d_model.
+        n_heads: Heads whose logits are added.
+        context_length: m, keys per query; only looked at with ``rope``. (Follows data.context_length on the command
+            line.)
         n_instances: I, models that train side by side in one program.
         template: "single" (T_01 = a), "linear" (T_{i,i+P} from a down to a/P), "many_to_one" (T_{i,P} = a for i < P),
             "zero" (no head), or a list of (query feature, key feature, logit).
@@ -45,8 +52,21 @@ class ToyAttentionModel(pl.LightningModule):
             alike), one value or one per instance; a list of rows of N weights gives them one by one, one row for all
             instances or one per instance.
         seed: Seed of the initial weights; instance i uses seed + i, or the i-th of a list.
+        init_features: Where W starts: "random", "orthonormal" (N <= D), "tight_frame" (N >= D), "cone" (a tight frame
+            tilted towards one direction), or a .npy or .safetensors file with W [D, N] or [I, D, N], taken as it is.
+        cone_strength: How far "cone" tilts the frame, >= 0. One value or one per instance.
         init_feature_norm: Root-mean-square length of the initial feature columns, > 0.
-        init_head_scale: Initial W_Q and W_K keep lengths on average, times this factor, > 0.
+        init_head: Where the head starts: "random", "optimal" (least-squares optimum of the logits for the initial
+            features, Theorem 1), "aligned" (its singular vectors are the initial features of the template), or a
+            .safetensors file with W_Q and W_K [H, D] or [I, H, D], taken as it is.
+        init_head_scale: Random W_Q and W_K keep lengths on average, times this factor, > 0.
+        freeze: What keeps its initial values: "none", "features" (W and b; the head trains on given features) or
+            "head" (features train under a given head).
+        rope: Rotate queries and keys by their positions, halves of the head dimension paired, as in GPT-NeoX.
+        rope_base: Base of the rotation's frequencies, > 1.
+        n_observed: Sequences of a fixed held-out draw whose queries and keys the probe shows to callbacks.
+        target_position: Factor of the target logits at offset delta = 1..m, with ``rope``: "independent" (1), "decay"
+            (exp(1 - delta)) or "nearest" (1 at offset 1, else 0).
         optimizer: "adam" or "adamw".
         learning_rate: Peak learning rate, > 0.
         weight_decay: Decoupled weight decay, >= 0; only with adamw.
@@ -61,6 +81,8 @@ class ToyAttentionModel(pl.LightningModule):
         n_features: int = 20,
         d_model: int = 10,
         d_head: int | None = None,
+        n_heads: int = 1,
+        context_length: int = 8,
         n_instances: int = 1,
         template: TemplateName | TemplatePairs = "single",
         n_pairs: int = 1,
@@ -68,8 +90,16 @@ class ToyAttentionModel(pl.LightningModule):
         lambda_attn: PerInstance = 10.0,
         importance: PerInstance | list[list[float]] = 1.0,
         seed: int | list[int] = 0,
+        init_features: str = "random",
+        cone_strength: PerInstance = 0.0,
         init_feature_norm: float = 0.1,
+        init_head: str = "random",
         init_head_scale: float = 1.0,
+        freeze: Literal["none", "features", "head"] = "none",
+        rope: bool = False,
+        rope_base: float = 10000.0,
+        target_position: Literal["independent", "decay", "nearest"] = "independent",
+        n_observed: int = 0,
         optimizer: Literal["adam", "adamw"] = "adam",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -82,17 +112,27 @@ class ToyAttentionModel(pl.LightningModule):
         H = at_least("d_head", D if d_head is None else d_head, 1, key="model.d_head")
         I = at_least("n_instances", n_instances, 1, key="model.n_instances")  # noqa: E741 (the method's symbol)
         self.n_features, self.d_model, self.d_head, self.n_instances = N, D, H, I
+        self.n_heads = at_least("n_heads", n_heads, 1, key="model.n_heads")
+        self.context_length = at_least("context_length", context_length, 0, key="data.context_length")
         self.template = make_template(
             template, n_features=N, n_instances=I, n_pairs=n_pairs, target_logit=target_logit
         )  # fmt: skip
         self.has_head = len(self.template.pairs) > 0
         self.seeds = instance_seeds(seed, I, key="model.seed")
-        if optimizer not in ("adam", "adamw"):
-            raise bad_value("optimizer", optimizer, "'adam' or 'adamw'", "change --model.optimizer")
-        if lr_schedule not in ("constant", "cosine", "linear"):
-            raise bad_value(
-                "lr_schedule", lr_schedule, "'constant', 'cosine' or 'linear'", "change --model.lr_schedule"
-            )
+        _one_of("optimizer", optimizer, ("adam", "adamw"))
+        _one_of("lr_schedule", lr_schedule, ("constant", "cosine", "linear"))
+        _one_of("freeze", freeze, ("none", "features", "head"))
+        _one_of("target_position", target_position, ("independent", "decay", "nearest"))
+        if freeze != "none" and not self.has_head:
+            raise bad_value("freeze", freeze, "'none' without a head", "use another template")
+        if target_position != "independent" and not rope:
+            raise bad_value("target_position", target_position, "'independent' without rope", "set --model.rope=true")
+        if rope and H % 2:
+            raise bad_value("d_head", H, "an even number with rope", "change --model.d_head")
+        self.n_observed = at_least("n_observed", n_observed, 0, key="model.n_observed")
+        self._observed: Tensor | None = None
+        per_instance("rope_base", rope_base, 1, low=1, open_low=True)
+        self.rope, self.rope_base, self.target_position = rope, rope_base, target_position
         per_instance("learning_rate", learning_rate, 1, low=0, open_low=True)
         per_instance("weight_decay", weight_decay, 1, low=0)
         if weight_decay and optimizer == "adam":
@@ -114,13 +154,25 @@ class ToyAttentionModel(pl.LightningModule):
 
         for name, value in (("init_feature_norm", init_feature_norm), ("init_head_scale", init_head_scale)):
             per_instance(name, value, 1, low=0, open_low=True)
-        W, W_Q, W_K = (torch.stack(parts) for parts in zip(*(_normal(s, N, D, H) for s in self.seeds), strict=True))
-        self.W = nn.Parameter(W * (init_feature_norm / D**0.5))  # [I, D, N]
-        self.b = nn.Parameter(torch.zeros(I, N))
+        strengths = per_instance("cone_strength", cone_strength, I, low=0)
+        W = initial_features(init_features, n_features=N, d_model=D, seeds=self.seeds, cone_strength=strengths)
+        if init_features in FEATURE_KINDS:
+            W = W * init_feature_norm
+        self.W = nn.Parameter(W.float(), requires_grad=freeze != "features")  # [I, D, N]
+        self.b = nn.Parameter(torch.zeros(I, N), requires_grad=freeze != "features")
         if self.has_head:
-            self.W_Q = nn.Parameter(W_Q * (init_head_scale / H**0.5))  # [I, H, D]
-            self.W_K = nn.Parameter(W_K * (init_head_scale / H**0.5))
+            rows = self.n_heads * H  # heads that add up their logits are one head with all their rows
+            if init_head == "random":
+                W_Q, W_K = (w * (init_head_scale / H**0.5) for w in _normal_heads(self.seeds, N, D, rows))
+            else:
+                W_Q, W_K = initial_head(init_head, features=W, template=self.template, d_head=rows)
+            self.W_Q = nn.Parameter(W_Q.float(), requires_grad=freeze != "head")  # [I, n_heads * H, D]
+            self.W_K = nn.Parameter(W_K.float(), requires_grad=freeze != "head")
         coords: dict[str, Coordinate] = {"seed": (("instance",), self.seeds), "lambda_attn": (("instance",), lambdas)}
+        if init_features == "cone":
+            coords["cone_strength"] = (("instance",), strengths)
+        if rope:
+            coords["offset"] = (("offset",), range(1, self.context_length + 1))
         if self.has_head:
             coords["query_feature"] = (("pair",), self.template.pairs[:, 0])
             coords["key_feature"] = (("pair",), self.template.pairs[:, 1])
@@ -148,14 +200,35 @@ class ToyAttentionModel(pl.LightningModule):
         if not self.has_head:
             return reconstruction, None
         tokens = tokens.view(self.n_instances, n_batch, n_tokens, self.d_model)
+        if self.rope:
+            return reconstruction, self._rotated_logits(tokens)
         # (r W_Q^T W_K) . s: the keys themselves need no projection
         towards = tokens[:, :, 0] @ self.W_Q.mT @ self.W_K
         return reconstruction, (tokens[:, :, 1:] @ towards[..., None]).squeeze(-1)
 
+    def _rotated_logits(self, tokens: Float[Tensor, "I B m1 D"]) -> Float[Tensor, "I B m"]:
+        """Logits with rotary positions: only the offset matters, so the keys alone are rotated, back by it."""
+        query, keys = tokens[:, :, :1] @ self.W_Q.mT[:, None], tokens[:, :, 1:] @ self.W_K.mT[:, None]
+        query, keys = (x.view(*x.shape[:-1], self.n_heads, self.d_head) for x in (query, keys))
+        offsets = torch.arange(keys.shape[2], 0, -1, device=keys.device)
+        logits: Tensor = (query * rotate(keys, -offsets[:, None], base=self.rope_base)).sum((-1, -2))
+        return logits
+
+    def _position_factor(self, offsets: Tensor) -> Tensor:
+        """What the target logits are multiplied with at each offset."""
+        if self.target_position == "decay":
+            return torch.exp(1.0 - offsets)
+        if self.target_position == "nearest":
+            return (offsets == 1).float()
+        return torch.ones_like(offsets, dtype=torch.float32)
+
     def target_logits(self, f: Float[Tensor, "I B m1 N"]) -> Float[Tensor, "I B m"]:
         """``f_r^T T f_{s_j}`` for every key j, from the non-zero entries of T alone."""
         query = f[:, :, 0, self.pairs[:, 0]] * self.pair_logits[:, None]
-        return (f[:, :, 1:, self.pairs[:, 1]] @ query[..., None]).squeeze(-1)
+        logits = (f[:, :, 1:, self.pairs[:, 1]] @ query[..., None]).squeeze(-1)
+        if self.target_position == "independent":
+            return logits
+        return logits * self._position_factor(torch.arange(logits.shape[-1], 0, -1, device=logits.device))
 
     def losses(self, f: Float[Tensor, "I B m1 N"]) -> Losses:
         """``loss/recon``, ``loss/attn`` (with a head) and ``loss/total``, one value per instance [I], in nats."""
@@ -171,13 +244,42 @@ class ToyAttentionModel(pl.LightningModule):
         return {"loss/recon": recon, "loss/attn": attn, "loss/total": recon + self.lambda_attn * attn}
 
     def probe(self) -> Probe:
-        """Heads and features as they are now, with the leading dimension "instance"."""
+        """Heads and features as they are now.
+
+        The leading dimension of the features is "instance"; the heads also have "head", if there are several, and
+        "offset" with rope.
+        """
+        step = max(self.global_step, self._loaded_step)
+        if not self.has_head:
+            return Probe(step, features=self.W, coords=self._coords)
+        queries = keys = None
+        if self._observed is not None:
+            tokens = self._observed @ self.W.mT[:, None]
+            queries, keys = tokens[:, :, 0], tokens[:, :, 1:]
+        W_Q: Tensor = self.W_Q
+        W_K: Tensor = self.W_K
+        logits = self.pair_logits
+        batch_dims: tuple[str, ...] = ("instance",)
+        if self.n_heads > 1:
+            W_Q, W_K = (w.view(len(w), self.n_heads, self.d_head, self.d_model) for w in (W_Q, W_K))
+            logits = logits[:, None].expand(-1, self.n_heads, -1)
+            batch_dims += ("head",)
+        if self.rope:
+            offsets = torch.arange(1, self.context_length + 1, device=W_K.device)
+            W_K = rotate(W_K.mT[..., None, :, :], -offsets[:, None], base=self.rope_base).mT  # [..., m, H, D]
+            W_Q = W_Q[..., None, :, :].expand_as(W_K)
+            logits = logits[..., None, :] * self._position_factor(offsets)[:, None]
+            batch_dims += ("offset",)
         return Probe(
-            step=max(self.global_step, self._loaded_step),
-            heads=AttentionHeads(self.W_Q, self.W_K) if self.has_head else None,
+            step,
+            heads=AttentionHeads(W_Q, W_K),
             features=self.W,
             pairs=self.pairs,
-            pair_logits=self.pair_logits if self.has_head else None,
+            pair_logits=logits,
+            queries=queries,
+            keys=keys,
+            batch_dims=batch_dims,
+            feature_dims=("instance",),
             coords=self._coords,
         )
 
@@ -185,7 +287,10 @@ class ToyAttentionModel(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what only the trainer knows; raises as :meth:`check`."""
-        self.check(self.trainer, getattr(self.trainer, "datamodule", None), stage)
+        data = getattr(self.trainer, "datamodule", None)
+        self.check(self.trainer, data, stage)
+        if self.n_observed and isinstance(data, ToyData):
+            self._observed = data.observed(self.n_observed, device=self.device)
 
     def check(self, trainer: pl.Trainer, data: object, stage: str) -> None:
         """Check that trainer and data fit the model, before anything is written.
@@ -207,6 +312,10 @@ class ToyAttentionModel(pl.LightningModule):
         if isinstance(data, ToyData) and self.has_head and data.context_length < 1:
             raise bad_value(
                 "context_length", data.context_length, "at least 1 with a head", "change --data.context_length"
+            )
+        if isinstance(data, ToyData) and self.rope and data.context_length != self.context_length:
+            raise bad_value(
+                "model.context_length", self.context_length, f"{data.context_length}, as in the data", "give both alike"
             )
         if self.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
             raise bad_value(
@@ -237,11 +346,12 @@ class ToyAttentionModel(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam or AdamW with the schedule, stepped after every update."""
         options: dict[str, Any] = {"lr": self.learning_rate, "fused": True}
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "adamw":
-            optimizer = torch.optim.AdamW(self.parameters(), weight_decay=self.weight_decay, **options)
+            optimizer = torch.optim.AdamW(trained, weight_decay=self.weight_decay, **options)
         else:
-            optimizer = torch.optim.Adam(self.parameters(), **options)
+            optimizer = torch.optim.Adam(trained, **options)
         if self.lr_schedule == "constant":
             return optimizer
         total = self.trainer.max_steps
@@ -300,11 +410,36 @@ class ToyAttentionModel(pl.LightningModule):
     on_test_epoch_end = _end_held_out
 
 
-def _normal(seed: int, N: int, D: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal numbers for W [D, N], W_Q and W_K [H, D], from one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = functools.partial(torch.randn, generator=generator)
-    return normal(D, N), normal(H, D), normal(H, D)
+def _normal_heads(seeds: Sequence[int], N: int, D: int, H: int) -> tuple[Tensor, Tensor]:
+    """Standard normal numbers for W_Q and W_K [I, H, D], one seed per instance."""
+    pairs = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(D, N, generator=generator)  # the numbers of random features come first
+        pairs.append([torch.randn(H, D, generator=generator) for _ in range(2)])
+    W_Q, W_K = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    return W_Q, W_K
+
+
+def rotate(x: Float[Tensor, "... H"], positions: Float[Tensor, "..."], *, base: float) -> Float[Tensor, "... H"]:
+    """Rotary position embedding (Su et al. 2021): component k turns with component k + H/2, as in GPT-NeoX.
+
+    Args:
+        x: Vectors; H is even.
+        positions: Positions [...], broadcast against the leading dimensions of x.
+        base: Component pair k turns by ``position * base^(-2k/H)`` radians.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angles = positions[..., None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise bad_value(name, value, ", ".join(allowed), f"change --model.{name}")
 
 
 def _importance(importance: PerInstance | list[list[float]], N: int, I: int) -> Float[Tensor, "I N"]:  # noqa: E741
