@@ -52,6 +52,7 @@ class Command:
         self.folder = folder
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_API", "SVF_"))}
         self.environment |= {"WANDB_MODE": "offline", "COLUMNS": "100", "HOME": str(folder.parent)}
+        self.environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin starve each other where CI is busy
 
     def __call__(self, *arguments, **environment):
         return subprocess.run(
@@ -85,3 +86,9 @@ def command(tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()
     return Command(folder)
+
+
+def run_dir_of(result, command):
+    """The run directory, which a command prints as its last line."""
+    assert result.returncode == 0, result.stderr
+    return command.folder / result.stdout.strip().splitlines()[-1]

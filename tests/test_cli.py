@@ -13,23 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import Command, run_dir_of
 
-from svf_lightning.cli import presets
 from svf_lightning.trajectory import open_trajectory
 
 QUICK = ("--trainer.max_steps=40", "--data.batch_size=16", "--model.n_instances=2")
 
 
-def run_dir_of(result, command):
-    assert result.returncode == 0, result.stderr
-    return command.folder / result.stdout.strip().splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One quick run that several tests look at (and copy before they change it)."""
-    from conftest import Command
-
     folder = tmp_path_factory.mktemp("finished") / "work"
     folder.mkdir()
     command = Command(folder)
@@ -241,30 +234,6 @@ def test_help_is_quick_since_nothing_heavy_is_imported(command):
     code = "import sys, svf_lightning.cli; print([m for m in ('wandb', 'xarray', 'zarr', 'plotly', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("preset", presets())
-def test_every_preset_runs_and_computes_its_claims(command, preset):
-    result = command("fit", "--config", f"configs/{preset}.yaml", "--trainer.max_steps=6", "--model.n_instances=2")
-    summary = json.loads((run_dir_of(result, command) / "summary.json").read_text())
-    assert summary["experiment"] == preset
-    assert summary["claims"]
-    assert all(claim["measured"] is not None for claim in summary["claims"] if "dynamics" not in claim["rule"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", presets())
-def test_every_claim_of_every_preset_holds(command, preset):
-    result = command("fit", "--config", preset)
-    summary = json.loads((run_dir_of(result, command) / "summary.json").read_text())
-    assert [claim["claim"] for claim in summary["claims"] if not claim["holds"]] == []
-
-
-def test_the_claims_of_the_default_run_hold_already_for_two_instances(command):
-    """The reduced version of the slow test above."""
-    result = command("fit", "--model.n_instances=2", "--data.batch_size=128")
-    summary = json.loads((run_dir_of(result, command) / "summary.json").read_text())
-    assert [claim["claim"] for claim in summary["claims"] if not claim["holds"]] == []
 
 
 def test_wandb_that_cannot_start_does_not_stop_the_training(command):

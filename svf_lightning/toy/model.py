@@ -177,6 +177,12 @@ class ToyAttentionModel(pl.LightningModule):
             coords["query_feature"] = (("pair",), self.template.pairs[:, 0])
             coords["key_feature"] = (("pair",), self.template.pairs[:, 1])
             coords["target_logit"] = (("instance", "pair"), self.template.logits)
+            if rope:  # it depends on the offset
+                factor = self._position_factor(torch.arange(1, self.context_length + 1))
+                coords["target_logit"] = (
+                    ("instance", "offset", "pair"),
+                    self.template.logits[:, None] * factor[:, None],
+                )
         self._coords = coords
         self._loaded_step = 0
         self._held_out: dict[str, InstanceMean] = {}

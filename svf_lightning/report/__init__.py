@@ -1,0 +1,1 @@
+"""What a run looks like: figures and, around them, the report."""
