@@ -12,7 +12,13 @@ from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import align_pairs, cosine_matrix, unit_features
 from svf_lightning.probe import Probe
-from svf_lightning.theory import alignment_bound, optimal_omega, token_covariance, unwhitened
+from svf_lightning.theory import (
+    alignment_bound,
+    optimal_omega,
+    orthogonality_residual,
+    token_covariance,
+    unwhitened,
+)
 
 
 class TheoryGap(ProbeMetric):
@@ -25,6 +31,8 @@ class TheoryGap(ProbeMetric):
         theory/predicted_cosine: mean over all features of cos(Sigma^-1 x, x); theory/bound: Kantorovich's lower
         bound on it (Theorem 2). theory/cone_left, theory/cone_right: the first singular vectors with the mean of
         the unit features, the axis of a cone; theory/cone_features: the template's features with that axis, mean.
+        theory/residual: overlap of the head's singular directions with the features that it should not respond to,
+        which Theorem 3 sends to 0 (mean of both sides).
 
     Args:
         covariance: Where Sigma comes from when singular vectors are un-whitened: "exact" (W W^T), or "tokens" (the
@@ -64,6 +72,7 @@ class TheoryGap(ProbeMetric):
         unit = unit_features(W)
         axis = unit.mean(-1, keepdim=True)
         predicted = alignment_bound(probe.features)
+        residual = orthogonality_residual(W, omega, probe.pairs)
         own = (probe.feature_dims or ())[1:]
         return {
             "theory/left": _cosine(first_u, U[..., :1]),
@@ -76,6 +85,7 @@ class TheoryGap(ProbeMetric):
             "theory/cone_features": Measured(
                 cosine_matrix(unit_features(probe.features)[..., named], _axis(probe.features)).mean((-2, -1)), (), own
             ),
+            "theory/residual": (residual.query + residual.key) / 2,
             "alignment/unwhitened": (unwhite.left + unwhite.right).mean(-1) / 2,
         }
 

@@ -64,9 +64,9 @@ class ToyAttentionModel(pl.LightningModule):
             "head" (features train under a given head).
         rope: Rotate queries and keys by their positions, halves of the head dimension paired, as in GPT-NeoX.
         rope_base: Base of the rotation's frequencies, > 1.
-        n_observed: Sequences of a fixed held-out draw whose queries and keys the probe shows to callbacks.
         target_position: Factor of the target logits at offset delta = 1..m, with ``rope``: "independent" (1), "decay"
             (exp(1 - delta)) or "nearest" (1 at offset 1, else 0).
+        n_observed: Sequences of a fixed held-out draw whose queries and keys the probe shows to callbacks.
         optimizer: "adam" or "adamw".
         learning_rate: Peak learning rate, > 0.
         weight_decay: Decoupled weight decay, >= 0; only with adamw.

@@ -85,19 +85,22 @@ def test_pairs_on_one_singular_vector_share_it():
     torch.testing.assert_close(found["sharing/best"], torch.full((1, 1), (0.5**0.5 + 1) / 2))
 
 
-def split(shares):
-    """Heads [1, head, 4, 4] that carry the pairs (0, 2) and (1, 3) with the given shares."""
-    W_K = torch.zeros(1, len(shares), 4, 4)
-    for head, (a, b) in enumerate(shares):
-        W_K[0, head, 0, 2], W_K[0, head, 1, 3] = a, b
+def shared(W_K):
+    """HeadSharing of heads Omega_h = W_K[h] [head, 4, 4] with the pairs (0, 2) and (1, 3) of orthonormal features."""
     eye = torch.eye(4)
-    found = HeadSharing().measure(
-        probe_of(
-            eye.expand_as(W_K), W_K, eye[None], [(0, 2), (1, 3)], batch_dims=("instance", "head"),
-            feature_dims=("instance",),
-        )
+    probe = probe_of(
+        eye.expand_as(W_K[None]), W_K[None], eye[None], [(0, 2), (1, 3)],
+        batch_dims=("instance", "head"), feature_dims=("instance",),
     )  # fmt: skip
-    return {name: value.values.squeeze() for name, value in found.items()}
+    return {name: value.values.squeeze() for name, value in HeadSharing().measure(probe).items()}
+
+
+def split(shares):
+    """Heads that carry the two pairs with the given shares."""
+    W_K = torch.zeros(len(shares), 4, 4)
+    for head, (a, b) in enumerate(shares):
+        W_K[head, 0, 2], W_K[head, 1, 3] = a, b
+    return shared(W_K)
 
 
 def test_a_head_per_pair_has_participation_one_and_no_superposition():
@@ -115,15 +118,24 @@ def test_pairs_spread_over_all_heads_have_participation_n_heads():
 
 
 def test_features_that_only_the_sum_of_the_heads_has_are_superposition():
-    W_K = torch.zeros(1, 2, 4, 4)
-    W_K[0, 0, :2, 2:] = torch.tensor([[2.0, 1.5], [1.5, 1.0]])
-    W_K[0, 1, :2, 2:] = torch.tensor([[1.0, -1.5], [-1.5, 0.5]])
-    eye = torch.eye(4)
-    found = HeadSharing().measure(
-        probe_of(
-            eye.expand_as(W_K), W_K, eye[None], [(0, 2), (1, 3)], batch_dims=("instance", "head"),
-            feature_dims=("instance",),
-        )
-    )  # fmt: skip
-    assert found["heads/combined"].values.item() == pytest.approx(1, abs=1e-5)
-    assert found["heads/superposition"].values.item() > 0.05
+    W_K = torch.zeros(2, 4, 4)  # the sum of the two is diagonal on the pairs, neither of them is
+    W_K[0, :2, 2:] = torch.tensor([[2.0, 1.5], [1.5, 1.0]])
+    W_K[1, :2, 2:] = torch.tensor([[1.0, -1.5], [-1.5, 0.5]])
+    found = shared(W_K)
+    assert found["heads/combined"].item() == pytest.approx(1, abs=1e-5)
+    assert found["heads/superposition"].item() > 0.05
+
+
+@pytest.mark.parametrize("options", [{"n_heads": 2}, {"rope": True, "d_head": 6, "context_length": 3}])
+def test_each_head_and_each_offset_is_compared_with_the_theory_by_itself(options):
+    model = ToyAttentionModel(14, 7, n_instances=2, **options)
+    found = measured(TheoryGap(), model)
+    assert found["theory/left"].shape == (2, *model.probe().heads.W_Q.shape[1:-2])
+    assert found["theory/bound"].shape == (2,)
+
+
+def test_features_that_the_head_ignores_leave_no_residual():
+    model = ToyAttentionModel(6, 7, init_features="orthonormal", init_head="aligned")
+    assert measured(TheoryGap(), model)["theory/residual"].item() == pytest.approx(0, abs=1e-6)
+    model = ToyAttentionModel(14, 7, init_features="tight_frame", init_head="aligned")
+    assert measured(TheoryGap(), model)["theory/residual"].item() > 0.1
