@@ -149,6 +149,7 @@ class Capture(Callback):
         self._pending: _Pending | None = None
         self._buffer: list[_Pending] = []
         self._pool: ThreadPoolExecutor | None = None
+        self._flusher: ThreadPoolExecutor | None = None
         self._n_threads = 1
         self._diverged: set[tuple[int, ...]] = set()
         self._n_rows = 0
@@ -273,7 +274,13 @@ class Capture(Callback):
     # ---- the mechanism ---------------------------------------------------------------------------------------------
 
     def flush(self, trainer: Trainer) -> None:
-        """Measure, write and log the rows so far."""
+        """Measure, write and log the rows so far, and wait for it."""
+        if self._flusher is not None:
+            self._flusher.submit(self._flush, trainer).result()
+            torch.set_num_threads(self._n_threads)  # _use_one_thread also changed the default of threads yet to come
+
+    def _flush(self, trainer: Trainer) -> None:
+        """On a thread of its own: Ctrl-C stops the main thread anywhere, but a chunk that was begun is finished."""
         if not self._buffer or self._pool is None:
             return
         chunk, self._buffer = self._buffer, []
@@ -285,13 +292,14 @@ class Capture(Callback):
 
     def close(self, trainer: Trainer) -> None:
         """Flush, and end the threads; does nothing the second time."""
-        if self._pool is None:
+        if self._flusher is None or self._pool is None:
             return
         try:
             self.flush(trainer)
         finally:
+            self._flusher.shutdown()
             self._pool.shutdown()
-            self._pool = None
+            self._flusher = self._pool = None
 
     def _open(self, trainer: Trainer) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -300,6 +308,7 @@ class Capture(Callback):
         self._pending, self._buffer, self._diverged, self._n_rows = None, [], set(), 0
         self._n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._n_threads, "svf-measure", initializer=_use_one_thread)
+        self._flusher = ThreadPoolExecutor(1, "svf-flush")
 
     @torch.no_grad()
     def _observe(self, pl_module: LightningModule) -> _Pending:
@@ -323,7 +332,6 @@ class Capture(Callback):
         names = list(blocks[0].values)
         joined = pool.map(lambda name: _join([block.values[name][1] for block in blocks]), names)
         values = {name: (blocks[0].values[name][0], array) for name, array in zip(names, joined, strict=True)}
-        torch.set_num_threads(self._n_threads)  # _use_one_thread also changed the default of threads yet to come
         return replace(blocks[0], steps=np.concatenate([block.steps for block in blocks]), values=values)
 
     def _block_size(self, chunk: list[_Pending]) -> int:

@@ -1,3 +1,6 @@
+import _thread
+import time
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from svf_lightning.callbacks import (
     FeatureOrthogonality,
     Measured,
     ProbeMetric,
+    RowSink,
     RunSummary,
     StepProgress,
     SVDAlignment,
@@ -300,3 +304,27 @@ def test_every_target_pair_may_be_left_unmatched_but_never_matched_twice(tmp_pat
     found = SVDAlignment().measure(Probe.stack([model.probe().snapshot()]))
     index = found["pair/index"].values.flatten().tolist()
     assert sorted(index) == [-1, -1, 0, 1]
+
+
+class InterruptsWhileWriting(RowSink):
+    """Presses Ctrl-C in the middle of the second chunk."""
+
+    def __init__(self):
+        self.chunks = 0
+
+    def consume(self, rows):
+        self.chunks += 1
+        if self.chunks == 2:
+            _thread.interrupt_main()
+            time.sleep(0.5)  # the main thread leaves the training meanwhile
+
+
+def test_a_chunk_that_is_being_written_when_ctrl_c_comes_is_whole(tmp_path):
+    callbacks = [InterruptsWhileWriting(), *capture(chunk=4)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(tmp_path, steps=100, callbacks=callbacks)
+    steps = open_trajectory(tmp_path)["step"].values.tolist()
+    driver = next(c for c in callbacks if isinstance(c, Capture))
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 8
+    assert driver.last.steps[-1] == steps[-1]
