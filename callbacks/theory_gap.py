@@ -69,8 +69,7 @@ class TheoryGap(ProbeMetric):
         )
         first_u, first_v = svd.U[..., :1], svd.V[..., :1]
         named = torch.unique(probe.pairs.flatten())
-        unit = unit_features(W)
-        axis = unit.mean(-1, keepdim=True)
+        axis = _axis(W)
         predicted = alignment_bound(probe.features)
         residual = orthogonality_residual(W, omega, probe.pairs)
         own = (probe.feature_dims or ())[1:]
@@ -83,7 +82,7 @@ class TheoryGap(ProbeMetric):
             "theory/cone_left": _cosine(first_u, axis),
             "theory/cone_right": _cosine(first_v, axis),
             "theory/cone_features": Measured(
-                cosine_matrix(unit_features(probe.features)[..., named], _axis(probe.features)).mean((-2, -1)), (), own
+                cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)), (), own
             ),
             "theory/residual": (residual.query + residual.key) / 2,
             "alignment/unwhitened": (unwhite.left + unwhite.right).mean(-1) / 2,
@@ -105,6 +104,7 @@ class TheoryGap(ProbeMetric):
 
 
 def _axis(features: Tensor) -> Tensor:
+    """Mean of the unit features: the axis of the cone that they lie in [..., D, 1]."""
     return unit_features(features).mean(-1, keepdim=True)
 
 
