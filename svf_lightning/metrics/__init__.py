@@ -17,6 +17,13 @@ from svf_lightning.metrics.geometry import (
     interference,
     unit_features,
 )
+from svf_lightning.metrics.sparsity import (
+    haar_orthogonal,
+    n_recon,
+    relative_attention,
+    rotated_contributions,
+    sparseness,
+)
 from svf_lightning.metrics.spectrum import n_significant, sigma_ratio, stable_rank
 
 __all__ = [
@@ -27,11 +34,16 @@ __all__ = [
     "cosine_matrix",
     "feature_dimensionality",
     "gram",
+    "haar_orthogonal",
     "interference",
     "logit_fidelity",
     "match_pairs",
+    "n_recon",
     "n_significant",
+    "relative_attention",
+    "rotated_contributions",
     "sigma_ratio",
+    "sparseness",
     "spearman",
     "stable_rank",
     "time_of_change",

@@ -1,0 +1,175 @@
+"""Sparseness of contributions, against explicit loops and known distributions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svf_lightning.errors import InputError
+from svf_lightning.metrics import haar_orthogonal, n_recon, relative_attention, rotated_contributions, sparseness
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+SETTINGS = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# --- relative attention
+
+
+@DTYPES
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n_keys=st.integers(2, 7), n_hidden=st.integers(0, 3))
+def test_relative_attention_equals_the_explicit_loops(dtype, seed, n_keys, n_hidden):
+    c = randn(3, n_keys + n_hidden, 5, seed=seed, dtype=dtype)
+    is_key = torch.arange(n_keys + n_hidden) < n_keys
+    got = relative_attention(c, is_key)
+    expected = np.zeros(c.shape)
+    for b in range(3):
+        for j in range(n_keys):
+            others = [c[b, i].double().numpy() for i in range(n_keys) if i != j]
+            expected[b, j] = c[b, j].double().numpy() - np.mean(others, axis=0)
+    np.testing.assert_allclose(got.double().numpy(), expected, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_relative_attention_does_not_change_when_every_score_rises_alike():
+    c = randn(4, 6, 5)
+    torch.testing.assert_close(relative_attention(c + randn(4, 1, 5, seed=1)), relative_attention(c))
+
+
+def test_nan_at_a_hidden_position_does_not_reach_the_keys():
+    c = randn(4, 5)
+    c[3] = torch.nan
+    got = relative_attention(c, torch.tensor([True, True, True, False]))
+    torch.testing.assert_close(got[:3], relative_attention(c[:3]))
+    assert (got[3] == 0).all()
+
+
+def test_a_single_key_has_nothing_to_be_relative_to():
+    assert relative_attention(randn(1, 5)).isnan().all()
+
+
+def test_a_mask_of_another_length_is_an_input_error():
+    with pytest.raises(InputError, match="is_key"):
+        relative_attention(randn(4, 5), torch.ones(3, dtype=torch.bool))
+
+
+# --- sparseness
+
+
+@DTYPES
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 40), log_scale=st.integers(-30, 30))
+def test_sparseness_equals_the_formula_and_ignores_scale_order_and_sign(dtype, seed, n, log_scale):
+    v = randn(3, n, seed=seed, dtype=dtype)
+    got = sparseness(v)
+    w = v.double().numpy()
+    np.testing.assert_allclose(got, np.abs(w).mean(-1) ** 2 / (w**2).mean(-1), rtol=40 * torch.finfo(dtype).eps)
+    assert (got >= (1 - 1e-5) / n).all()
+    assert (got <= 1 + 1e-5).all()
+    torch.testing.assert_close(sparseness(-v.flip(-1) * 10.0**log_scale), got)
+
+
+def test_one_entry_is_the_sparsest_and_equal_sizes_the_least_sparse():
+    assert sparseness(torch.eye(8)[2]).item() == pytest.approx(1 / 8)
+    assert sparseness(torch.tensor([2.0, -2.0, 2.0, -2.0])).item() == pytest.approx(1)
+    assert sparseness(torch.zeros(4)).isnan()
+
+
+def test_gaussian_entries_give_two_over_pi_and_their_products_its_square():
+    a, b = randn(400_000, seed=1), randn(400_000, seed=2)
+    assert sparseness(a).item() == pytest.approx(2 / math.pi, abs=3e-3)
+    assert sparseness(a * b).item() == pytest.approx((2 / math.pi) ** 2, abs=3e-3)
+
+
+# --- N_recon
+
+
+@DTYPES
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 30), shift=st.floats(-1, 1))
+def test_n_recon_is_the_smallest_number_that_reaches_the_sum(dtype, seed, n, shift):
+    v = randn(n, seed=seed, dtype=dtype) + shift
+    found = int(n_recon(v))
+    w = np.sort(v.double().numpy() * (-1 if v.double().sum() < 0 else 1))[::-1]
+    assert w[:found].sum() >= w.sum() - 1e-12 * np.abs(w).sum()
+    assert found == 1 or w[: found - 1].sum() < w.sum()
+    assert int(n_recon(-v)) == found
+    assert int(n_recon(v.flip(-1) * 7)) == found
+
+
+@pytest.mark.parametrize(
+    ("v", "expected"),
+    [
+        ([5.0, 0.1, 0.1], 3),
+        ([5.0, 1.0, -2.0], 1),
+        ([-5.0, -1.0, 2.0], 1),
+        ([1.0, 1.0, 1.0, 1.0], 4),
+        ([3.0, 3.0, -2.0, -1.0], 1),
+        ([3.0, 3.0, -2.0], 2),
+        ([1.0, -1.0], 0),
+        ([0.0, 0.0], 0),
+        ([1.0, math.nan], -1),
+    ],
+)
+def test_n_recon_of_known_vectors(v, expected):
+    assert int(n_recon(torch.tensor(v))) == expected
+
+
+# --- controls
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_haar_matrices_are_orthogonal_and_depend_on_the_seed_alone(size):
+    A = haar_orthogonal(size, 5, seed=3)
+    torch.testing.assert_close(A.mT @ A, torch.eye(size, dtype=torch.float64).expand(5, -1, -1))
+    state = torch.get_rng_state()
+    assert torch.equal(A, haar_orthogonal(size, 5, seed=3))
+    assert torch.equal(state, torch.get_rng_state())
+    if size > 1:
+        assert not torch.equal(A, haar_orthogonal(size, 5, seed=4))
+
+
+def test_haar_matrices_have_no_preferred_direction():
+    """Entries of a Haar matrix have mean 0 and variance 1/R; without the signs, the diagonal would be biased."""
+    A = haar_orthogonal(4, 20_000, seed=0)
+    assert A.mean(0).abs().max() < 0.02
+    assert (A.square().mean(0) - 1 / 4).abs().max() < 0.01
+
+
+@DTYPES
+def test_the_shared_rotation_keeps_every_score(dtype):
+    query, S, keys = (
+        randn(3, 6, dtype=dtype),
+        randn(3, 6, seed=1, dtype=dtype).abs(),
+        randn(3, 5, 6, seed=2, dtype=dtype),
+    )
+    A = haar_orthogonal(6, 1, seed=0)[0]
+    got = rotated_contributions(query, S, keys, A)
+    expected = (keys @ (query * S)[..., None]).squeeze(-1)
+    torch.testing.assert_close(got.sum(-1), expected)
+    assert got.dtype == dtype
+
+
+def test_rotations_equal_the_dense_change_of_basis():
+    """U A and V B in place of U and V, for tokens in D dimensions."""
+    D, R = 9, 4
+    U, V = (torch.linalg.qr(randn(D, R, seed=s)).Q for s in (0, 1))
+    S, r, s = randn(R, seed=2).abs(), randn(D, seed=3), randn(7, D, seed=4)
+    A, B = haar_orthogonal(R, 2, seed=5)
+    got = rotated_contributions(r @ U, S, s @ V, A, B)
+    torch.testing.assert_close(got, (r @ U @ A) * S * (s @ V @ B))
+    shared = rotated_contributions(r @ U, S, s @ V, A)
+    torch.testing.assert_close(shared, (r @ U @ A) * (s @ V @ torch.diag(S) @ A))
+
+
+def test_without_rotation_the_contributions_are_those_of_the_singular_basis():
+    query, S, keys = randn(6), randn(6, seed=1).abs(), randn(5, 6, seed=2)
+    eye = torch.eye(6)
+    for B in (None, eye):
+        torch.testing.assert_close(rotated_contributions(query, S, keys, eye, B), query * S * keys)
