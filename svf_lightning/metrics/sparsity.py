@@ -87,7 +87,8 @@ def haar_orthogonal(
     """
     generator = torch.Generator().manual_seed(seed)
     Q, R = torch.linalg.qr(torch.randn(n_draws, size, size, generator=generator, dtype=torch.float64))
-    return (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(device)
+    haar: Tensor = Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    return haar.to(device)
 
 
 def rotated_contributions(
