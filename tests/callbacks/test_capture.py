@@ -1,4 +1,5 @@
 import _thread
+import signal
 import time
 
 import lightning.pytorch as pl
@@ -319,6 +320,15 @@ class InterruptsWhileWriting(RowSink):
             time.sleep(0.5)  # the main thread leaves the training meanwhile
 
 
+@pytest.fixture
+def _ctrl_c_works():
+    """Also where the tests are a background job, whose shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
 def test_a_chunk_that_is_being_written_when_ctrl_c_comes_is_whole(tmp_path):
     callbacks = [InterruptsWhileWriting(), *capture(chunk=4)]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
