@@ -37,7 +37,7 @@ class PairSharing(ProbeMetric):
         """See the class for the names; nothing without heads, features and target pairs."""
         if probe.heads is None or probe.features is None or len(probe.pairs) == 0:
             return {}
-        svd = probe.heads.svd()
+        svd = probe.svd
         features = probe.for_heads(probe.features)
         left, right = (
             cosine_matrix(features[..., probe.pairs[:, side]], vectors) for side, vectors in ((0, svd.U), (1, svd.V))
@@ -81,7 +81,7 @@ class HeadSharing(ProbeMetric):
         query, key = (features[..., probe.pairs[:, side]] for side in (0, 1))
         logit = probe.heads.bilinear(query, key).abs()  # [..., head, P]
         share = logit / logit.sum(-2, keepdim=True)
-        svd = probe.heads.svd()
+        svd = probe.svd
         left, right = cosine_matrix(query, svd.U), cosine_matrix(key, svd.V)
         at = (left * right).argmax(-1, keepdim=True)
         best = ((left + right) / 2).gather(-1, at).squeeze(-1).amax(-2).mean(-1)

@@ -49,7 +49,7 @@ class SVDAlignment(ProbeMetric):
         """One verified SVD of all heads; see the class for the names."""
         if probe.heads is None:
             return {}
-        svd = probe.heads.svd()
+        svd = probe.svd
         S = svd.S
         spectrum: Measurement = {
             "spectrum/sigma_1": S[..., 0],

@@ -53,7 +53,7 @@ class TheoryGap(ProbeMetric):
         if probe.heads is None or probe.features is None or probe.pair_logits is None or len(probe.pairs) == 0:
             return {}
         W = probe.for_heads(probe.features)
-        svd = probe.heads.svd()
+        svd = probe.svd
         T = W.new_zeros(*probe.pair_logits.shape[:-1], W.shape[-1], W.shape[-1])
         T[..., probe.pairs[:, 0], probe.pairs[:, 1]] = probe.pair_logits
         best = optimal_omega(W, T, W)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from svf_lightning.errors import bad_value
-from svf_lightning.heads import AttentionHeads
+from svf_lightning.heads import AttentionHeads, HeadSVD
 
 _T = TypeVar("_T")
 
@@ -97,6 +98,17 @@ class Probe:
         heads = (self.heads.W_Q, self.heads.W_K, self.heads.b_Q, self.heads.b_K) if self.heads else ()
         return [t for t in (*heads, self.features, self.queries, self.keys) if t is not None]
 
+    @cached_property
+    def svd(self) -> HeadSVD:
+        """Verified SVD of the heads, computed once for all callbacks that look at this probe.
+
+        Raises:
+            InputError: The probe shows no heads.
+        """
+        if self.heads is None:
+            raise bad_value("heads", None, "heads to decompose", "check probe.heads first")
+        return self.heads.svd()
+
     def snapshot(self) -> Probe:
         """A copy that later training steps do not change (detached, same device)."""
         return self._with(_detached_copy)
@@ -152,6 +164,7 @@ class Probed(Protocol):
 def _copy_with(instance: _T, fields: Mapping[str, object]) -> _T:
     other = object.__new__(type(instance))
     vars(other).update(vars(instance), **fields)
+    vars(other).pop("svd", None)  # of the tensors that were replaced
     return other
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svf_lightning.callbacks import HeadSharing, Measured, PairSharing, TheoryGap
+from svf_lightning.callbacks import HeadSharing, Measured, PairSharing, SVDAlignment, TheoryGap
 from svf_lightning.errors import InputError
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.probe import Probe
@@ -139,3 +139,15 @@ def test_features_that_the_head_ignores_leave_no_residual():
     assert measured(TheoryGap(), model)["theory/residual"].item() == pytest.approx(0, abs=1e-6)
     model = ToyAttentionModel(14, 7, init_features="tight_frame", init_head="aligned")
     assert measured(TheoryGap(), model)["theory/residual"].item() > 0.1
+
+
+def test_callbacks_that_look_at_one_probe_share_its_decomposition(monkeypatch):
+    calls = []
+    decompose = AttentionHeads.svd
+    monkeypatch.setattr(AttentionHeads, "svd", lambda heads: (calls.append(heads), decompose(heads))[1])
+    probe = Probe.stack([ToyAttentionModel(14, 7).probe().snapshot()])
+    SVDAlignment().measure(probe)
+    PairSharing().measure(probe)
+    assert len(calls) == 1
+    assert torch.equal(probe.snapshot().svd.S, probe.svd.S)
+    assert len(calls) == 2  # a copy has tensors, and a decomposition, of its own
