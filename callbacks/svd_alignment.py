@@ -34,16 +34,17 @@ class SVDAlignment(ProbeMetric):
     Args:
         relative_gap: Singular values within this fraction of the matched one count as one block, in [0, 1).
         significant: n_significant counts singular values above this fraction of the largest, in (0, 1).
+        keep_vectors: Keep U and V in the trajectory, where there are features (large for real models).
 
     Raises:
         InputError: An option out of range.
     """
 
-    def __init__(self, relative_gap: float = 0.1, significant: float = 0.05) -> None:
+    def __init__(self, relative_gap: float = 0.1, significant: float = 0.05, keep_vectors: bool = True) -> None:
         for name, value in (("relative_gap", relative_gap), ("significant", significant)):
             if not 0 <= value < 1:
                 raise bad_value(name, value, "a fraction in [0, 1)", "change the SVDAlignment callback")
-        self.relative_gap, self.significant = relative_gap, significant
+        self.relative_gap, self.significant, self.keep_vectors = relative_gap, significant, keep_vectors
 
     def measure(self, probe: Probe) -> Measurement:
         """One verified SVD of all heads; see the class for the names."""
@@ -62,29 +63,34 @@ class SVDAlignment(ProbeMetric):
             spectrum = {**spectrum, "spectrum/sigma_2": S[..., 1]}
         if probe.features is None:
             return spectrum
-        spectrum = {**spectrum, "U": Measured(svd.U, ("d_model", "rank")), "V": Measured(svd.V, ("d_model", "rank"))}
-        if probe.pair_logits is None or len(probe.pairs) == 0:
+        if self.keep_vectors:
+            vectors = {"U": Measured(svd.U, ("d_model", "rank")), "V": Measured(svd.V, ("d_model", "rank"))}
+            spectrum = {**spectrum, **vectors}
+        if len(probe.pairs) == 0:
             return spectrum
-        features = probe.for_heads(probe.features)
+        features = probe.in_forms(probe.features)
         query, key = (features[..., probe.pairs[:, side]] for side in (0, 1))
         found = align_pairs(
             cosine_matrix(query, svd.U), cosine_matrix(key, svd.V), S, relative_gap=self.relative_gap
         )  # fmt: skip
         matched = (found.left + found.right) / 2
-        logit = probe.heads.bilinear(query, key)
+        plain = probe.for_heads(probe.features)  # without the bias coordinate
+        logit = probe.heads.bilinear(plain[..., probe.pairs[:, 0]], plain[..., probe.pairs[:, 1]])
         alignment: Measurement = {
             "alignment/left": found.left.mean(-1),
             "alignment/right": found.right.mean(-1),
             "alignment/matched": matched.mean(-1),
             "alignment/matched_min": matched.amin(-1),
             "alignment/subspace": (found.subspace_left + found.subspace_right).mean(-1) / 2,
-            "alignment/logit_fidelity": logit_fidelity(logit, probe.pair_logits),
             "pair/left": Measured(found.left, ("pair",)),
             "pair/right": Measured(found.right, ("pair",)),
             "pair/sigma": Measured(found.sigma, ("pair",)),
             "pair/index": Measured(found.index.to(torch.int32), ("pair",)),
             "pair/logit": Measured(logit, ("pair",)),
         }
+        if probe.pair_logits is None:  # proxy features of a real model: nobody knows the logits they should get
+            return {**spectrum, **alignment}
+        alignment = {**alignment, "alignment/logit_fidelity": logit_fidelity(logit, probe.pair_logits)}
         if len(probe.pairs) >= 3:
             alignment = {**alignment, "spectrum/target_spearman": spearman(found.sigma, probe.pair_logits)}
         return {**spectrum, **alignment}

@@ -21,10 +21,11 @@ class TrajectoryWriter(RowSink):
     Args:
         run_dir: Directory of the trajectory; null for the trainer's default_root_dir.
         include: Names of the quantities to keep, for example [W, "alignment/matched"]; null keeps all.
+        add: Add rows to a trajectory that is there already (a replay that goes on), instead of refusing it.
     """
 
-    def __init__(self, run_dir: str | None = None, include: list[str] | None = None) -> None:
-        self.run_dir, self.include = run_dir, include
+    def __init__(self, run_dir: str | None = None, include: list[str] | None = None, add: bool = False) -> None:
+        self.run_dir, self.include, self.add = run_dir, include, add
         self._store: TrajectoryStore | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,8 +47,8 @@ class TrajectoryWriter(RowSink):
 
     def _open(self, trainer: Trainer, resume_at: int = 0) -> None:
         run_dir = Path(self.run_dir or trainer.default_root_dir)
-        store = TrajectoryStore(run_dir, rows_per_chunk=Capture.of(trainer).chunk)
-        if store.exists:
+        store = TrajectoryStore(run_dir, rows_per_chunk=Capture.of(trainer).chunk, rank=trainer.global_rank)
+        if store.exists and not self.add:
             if resume_at == 0:
                 raise InputError(f"{run_dir} already holds a run's trajectory. Fix: use another run directory.")
             store.truncate(resume_at)
@@ -59,4 +60,4 @@ class TrajectoryWriter(RowSink):
         values: dict[str, Any] = {
             name: value for name, value in rows.values.items() if self.include is None or name in self.include
         }
-        self._store.append({"step": ((), rows.steps), **values}, rows.coords)
+        self._store.append({"step": ((), rows.steps), **values}, rows.coords, rows.batch_dims)

@@ -30,6 +30,7 @@ class Claim:
         threshold: Number to compare with; with ``other``, the share of instances, in [0, 1], that must satisfy it. Null
             for an open question.
         other: A second metric, compared instance by instance; null for none.
+        of: "last": values of the last captured step; "change": those minus the values of the first captured step.
         among: Which instances the claim is about, as conditions on their metrics: "orthogonality/interference >= 35 and
             orthogonality/interference <= 45"; null for all.
     """
@@ -41,6 +42,7 @@ class Claim:
     threshold: float | None = None
     over: Literal["mean", "min", "max"] = "mean"
     other: str | None = None
+    of: Literal["last", "change"] = "last"
     among: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +62,8 @@ class Claim:
                 raise bad_value(
                     "among", self.among, "METRIC RELATION NUMBER, joined by and", f"change the claim {self.claim!r}"
                 )
+        if self.of not in ("last", "change"):
+            raise bad_value("of", self.of, "last or change", f"change the claim {self.claim!r}")
         if self.over not in ("mean", "min", "max"):
             raise bad_value("over", self.over, "mean, min or max", f"change the claim {self.claim!r}")
 
@@ -96,43 +100,53 @@ class Verdict:
         return asdict(self)
 
 
-def judge(claim: Claim, metrics: Mapping[str, np.ndarray]) -> Verdict:
+def judge(claim: Claim, metrics: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray] | None = None) -> Verdict:
     """Compute one claim.
 
     Args:
         claim: What is claimed.
         metrics: Final values by metric name, one entry per instance.
+        first: Values of the first captured step, for claims about a change.
     """
-    metrics = _among(claim, metrics)
+    chosen = _among(claim, metrics)
+    if claim.of == "change":
+        first = first or {}
+        metrics = {name: values - first[name] for name, values in metrics.items() if name in first}
+    if chosen is not None:
+        metrics = {name: values[chosen] for name, values in metrics.items() if len(values) == len(chosen)}
+    what = claim.metric if claim.of == "last" else f"the change of {claim.metric}"
     values = metrics.get(claim.metric, np.empty(0))
     where = f" with {claim.among}" if claim.among else ""
     if claim.relation is None or claim.threshold is None:
         measured = float(getattr(np, claim.over)(values)) if len(values) else math.nan
         known = measured if math.isfinite(measured) else None
-        rule = f"{claim.over} of {claim.metric} over instances{where}"
+        rule = f"{claim.over} of {what} over instances{where}"
         return Verdict(claim.claim, claim.figure, known, None, None, rule, f"{claim.over}, open question")
     compare = _RELATIONS[claim.relation]
     if claim.other is not None:
         others = metrics.get(claim.other, np.empty(0))
         needed = f"share >= {claim.threshold:g}"
-        rule = f"{needed} of instances{where} have {claim.metric} {claim.relation} {claim.other}"
+        rule = f"{needed} of instances{where} have {what} {claim.relation} {claim.other}"
         # a comparison with NaN is False
         measured = float(np.mean(compare(values, others))) if len(values) == len(others) > 0 else math.nan
         holds = measured >= claim.threshold
     else:
-        needed = f"{claim.over} {claim.relation} {claim.threshold:g}"
-        rule = f"{needed} of {claim.metric} over instances{where}"
+        needed = f"{claim.over}{' change' if claim.of == 'change' else ''} {claim.relation} {claim.threshold:g}"
+        rule = f"{needed} of {what} over instances{where}"
         measured = float(getattr(np, claim.over)(values)) if len(values) else math.nan
         holds = bool(compare(measured, claim.threshold))
     known = measured if math.isfinite(measured) else None
     return Verdict(claim.claim, claim.figure, known, claim.threshold, holds and known is not None, rule, needed)
 
 
-def _among(claim: Claim, metrics: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The metrics of the instances that the claim is about."""
+def _among(claim: Claim, metrics: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Which instances the claim is about; None for all."""
+    chosen: np.ndarray | None = None
     for condition in claim.conditions():
         assert condition is not None  # checked when the claim was made
         name, relation, number = condition
-        chosen = _RELATIONS[relation](metrics.get(name, np.empty(0)), number)
-        metrics = {key: values[chosen] for key, values in metrics.items() if len(values) == len(chosen)}
-    return metrics
+        holds = _RELATIONS[relation](metrics.get(name, np.empty(0)), number)
+        if chosen is not None and len(chosen) != len(holds):  # a metric that was not measured
+            return np.empty(0, dtype=bool)
+        chosen = holds if chosen is None else chosen & holds
+    return chosen

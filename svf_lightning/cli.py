@@ -1,4 +1,4 @@
-"""The command line: ``python -m svf_lightning fit | validate | test``."""
+"""The command line: ``python -m svf_lightning fit | validate | test | replay``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from svf_lightning import __version__
 from svf_lightning.claims import Claim
 from svf_lightning.errors import DivergedError, InputError, bad_value, closest
-from svf_lightning.run_dir import CONFIG, check_free, new_run_dir, owner_of, write_text
+from svf_lightning.run_dir import CONFIG, check_free, is_replay, new_run_dir, owner_of, write_text
 from svf_lightning.toy import ToyAttentionModel, ToyData
 from svf_lightning.toy.model import check_state_fits
 from svf_lightning.trajectory import FILE_NAME
-from svf_lightning.wandb_logger import RunLogger
+from svf_lightning.wandb_logger import RunLogger, say
 
 DEFAULT_PRESET = "single_pair"
+_DEFAULT_REPLAY = "tiny_suite"
+_COMMANDS = ("fit", "validate", "test", "replay")
+_RUN_DIR = "SVF_LIGHTNING_RUN_DIR"
 _DEFAULTS = "defaults"
 _RUNS = Path("runs")
 _BAD_INPUT = 2
@@ -69,23 +72,15 @@ class CaptureOptions:
     chunk: int = 128
 
 
-class ToyCLI(LightningCLI):
-    """LightningCLI with run directories, presets and one-line errors."""
+class RunCLI(LightningCLI):
+    """LightningCLI with run directories, presets and one-line errors; what `fit` and `replay` share."""
 
     run_dir: Path
     config_text: str
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Subcommands, each with the trainer arguments that do not come from the command line."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-        }
+    exit_code = 0
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What the project adds, and the sizes that are written once."""
+        """What the project adds."""
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -94,13 +89,10 @@ class ToyCLI(LightningCLI):
         )
         parser.add_class_arguments(Experiment, "experiment")
         parser.add_class_arguments(CaptureOptions, "capture")
-        parser.link_arguments("model.n_features", "data.n_features")
-        parser.link_arguments("model.n_instances", "data.n_instances")
-        parser.link_arguments("data.context_length", "model.context_length")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "fit":
+        if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)  # the closing table says it all
         return parser
 
@@ -128,20 +120,8 @@ class ToyCLI(LightningCLI):
             {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
         )
         self.config_text = parser.dump(settings, skip_none=False, skip_validation=True)
-        self.checkpoint = _find_checkpoint(config.get("ckpt_path"), str(self.subcommand))
+        self.run_dir = self._choose_run_dir(config)
         experiment = config.experiment
-        self.resumed = owner_of(self.checkpoint) if self.checkpoint and self.subcommand == "fit" else None
-        if config.run_dir is not None:
-            self.run_dir = Path(config.run_dir)
-        elif self.resumed is not None:
-            self.run_dir = self.resumed
-        else:
-            suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
-            name = new_run_dir(experiment.name, _RUNS)
-            self.run_dir = name.with_name(name.name + suffix)
-        self.goes_on = self.resumed is not None and self.run_dir.absolute() == self.resumed.absolute()
-        if not self.goes_on:
-            check_free(self.run_dir)
         where = str(self.run_dir)
         config.trainer.default_root_dir = where
         logger = config.trainer.get("logger")
@@ -159,13 +139,65 @@ class ToyCLI(LightningCLI):
                 entry.init_args.update(config.capture)
             if entry.class_path.endswith(".RunSummary"):
                 entry.init_args.experiment = entry.init_args.experiment or experiment.name
-                if self.subcommand == "fit" and not entry.init_args.claims:
+                if self.subcommand in ("fit", "replay") and not entry.init_args.claims:
                     entry.init_args.claims = experiment.claims
             if entry.class_path.endswith(".ModelCheckpoint") and entry.init_args.dirpath is None:
                 entry.init_args.dirpath = str(self.run_dir / "checkpoints")
 
+    def _choose_run_dir(self, config: Namespace) -> Path:
+        """Directory of this run, free or one that the run goes on in."""
+        raise NotImplementedError
+
     def _begin_run(self) -> None:
         """Everything was valid: only now something is written."""
+        write_text(self.run_dir / CONFIG, self.config_text)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_config(yaml.safe_load(self.config_text))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (SystemExit, KeyboardInterrupt, SIGTERMException) as stop:  # Lightning turns Ctrl-C into an exit
+            raise _Interrupted(self.run_dir) from stop
+
+
+class ToyCLI(RunCLI):
+    """The commands that train and evaluate the toy model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands, each with the trainer arguments that do not come from the command line."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sizes that are written once."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("model.n_features", "data.n_features")
+        parser.link_arguments("model.n_instances", "data.n_instances")
+        parser.link_arguments("data.context_length", "model.context_length")
+
+    def _choose_run_dir(self, config: Namespace) -> Path:
+        self.checkpoint = _find_checkpoint(config.get("ckpt_path"), str(self.subcommand))
+        self.resumed = owner_of(self.checkpoint) if self.checkpoint and self.subcommand == "fit" else None
+        if config.run_dir is not None:
+            run_dir = Path(config.run_dir)
+        elif self.resumed is not None:
+            run_dir = self.resumed
+        else:
+            suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
+            name = new_run_dir(config.experiment.name, _RUNS)
+            run_dir = name.with_name(name.name + suffix)
+        self.goes_on = self.resumed is not None and run_dir.absolute() == self.resumed.absolute()
+        if not self.goes_on:
+            check_free(run_dir)
+        return run_dir
+
+    def _begin_run(self) -> None:
         self.model.check(self.trainer, self.datamodule, str(self.subcommand))
         if self.checkpoint is not None:
             saved = _load_checkpoint(self.checkpoint)
@@ -178,18 +210,40 @@ class ToyCLI(LightningCLI):
                 )  # fmt: skip
             if self.resumed is not None and not self.goes_on and (self.resumed / FILE_NAME).is_dir():
                 shutil.copytree(self.resumed / FILE_NAME, self.run_dir / FILE_NAME)  # a branch keeps its history
-        write_text(self.run_dir / CONFIG, self.config_text)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.log_config(yaml.safe_load(self.config_text))
+        super()._begin_run()
 
     before_fit = before_validate = before_test = _begin_run
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except (SystemExit, KeyboardInterrupt, SIGTERMException) as stop:  # Lightning turns Ctrl-C into an exit
-            raise _Interrupted(self.run_dir) from stop
+
+class ReplayCLI(RunCLI):
+    """The command that replays checkpoints of real models."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommand, with the trainer arguments that do not come from the command line."""
+        return {"replay": {"model", "datamodule"}}
+
+    def _choose_run_dir(self, config: Namespace) -> Path:
+        inherited = os.environ.get(_RUN_DIR)  # the processes of further devices run this same command line again
+        if config.run_dir is None and inherited is not None and "LOCAL_RANK" in os.environ:
+            return Path(inherited)
+        run_dir = Path(config.run_dir) if config.run_dir else new_run_dir(config.experiment.name, _RUNS)
+        if not is_replay(run_dir):
+            check_free(run_dir)
+        os.environ[_RUN_DIR] = str(run_dir)
+        return run_dir
+
+    def before_replay(self) -> None:
+        """Write the configuration; that of a run that goes on stays, after a check that it is the same run."""
+        self.model.check(self.trainer, self.datamodule)
+        if not is_replay(self.run_dir):
+            self._begin_run()
+        if not self.datamodule.missing(self.run_dir):
+            say("every checkpoint is there already: nothing to replay")
+
+    def after_replay(self) -> None:
+        """Tell by the exit code whether every checkpoint is there."""
+        self.exit_code = 1 if self.datamodule.missing(self.run_dir) else 0
 
 
 class _Interrupted(Exception):
@@ -209,16 +263,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     _quiet_the_libraries()
     try:
-        cli = ToyCLI(
-            ToyAttentionModel,
-            ToyData,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs=_parser_kwargs(),
-            args=_with_preset(given),
-        )
+        cli = _run(given)
     except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("SVF_DEBUG") == "1":
             raise
@@ -233,45 +278,74 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --print_config
         return int(stop.code or 0)
     print(cli.run_dir)  # noqa: T201
-    return 0
+    return cli.exit_code
 
 
-def _parser_kwargs() -> dict[str, Any]:
+def _run(args: list[str]) -> RunCLI:
+    """Run the command that the arguments name."""
+    options: dict[str, Any] = {
+        "save_config_callback": None,
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+        "args": _with_preset(args),
+    }
+    if next((a for a in args if a in _COMMANDS), None) == "replay":
+        from svf_lightning.replay import CheckpointReplay, ReplayData
+        from svf_lightning.replay.trainer import ReplayTrainer
+
+        return ReplayCLI(
+            CheckpointReplay,
+            ReplayData,
+            trainer_class=ReplayTrainer,
+            parser_kwargs=_parser_kwargs(ReplayCLI),
+            **options,
+        )
+    return ToyCLI(ToyAttentionModel, ToyData, parser_kwargs=_parser_kwargs(ToyCLI), **options)
+
+
+def _parser_kwargs(cli: type[ToyCLI | ReplayCLI]) -> dict[str, Any]:
     common = {"parser_mode": "omegaconf+", "exit_on_error": False}
-    each = {**common, "default_config_files": [str(preset_path(_DEFAULTS))]}
-    return {**common, "description": __doc__, **{name: dict(each) for name in ToyCLI.subcommands()}}
+    folder = "" if cli is ToyCLI else "replay"
+    each = {**common, "default_config_files": [str(preset_path(_DEFAULTS, folder))]}
+    return {**common, "description": __doc__, **{name: dict(each) for name in cli.subcommands()}}
 
 
-def preset_path(name: str) -> Path:
-    """File of a preset that travels with the package."""
-    return Path(str(resources.files("svf_lightning.configs"))) / f"{name}.yaml"
+def preset_path(name: str, folder: str = "") -> Path:
+    """File of a preset that travels with the package; those of `replay` lie in the folder of that name."""
+    return Path(str(resources.files("svf_lightning.configs"))) / folder / f"{name}.yaml"
 
 
-def presets() -> list[str]:
+def presets(folder: str = "") -> list[str]:
     """Names of the presets that travel with the package."""
-    return sorted(path.stem for path in preset_path(_DEFAULTS).parent.glob("*.yaml") if path.stem != _DEFAULTS)
+    return sorted(path.stem for path in preset_path(_DEFAULTS, folder).parent.glob("*.yaml") if path.stem != _DEFAULTS)
 
 
 def _with_preset(args: list[str]) -> list[str]:
     """The arguments with a configuration: the one given, else that of the checkpoint's run, else the default preset."""
-    subcommand = next((i for i, a in enumerate(args) if a in ToyCLI.subcommands()), None)
+    subcommand = next((i for i, a in enumerate(args) if a in _COMMANDS), None)
     if subcommand is None:
         return args
+    folder = "replay" if args[subcommand] == "replay" else ""
     found = list(args)
     has_config = False
     for i, arg in enumerate(args):
         for flag in ("--config", "-c"):
             if arg == flag and i + 1 < len(args):
-                found[i + 1] = _config_file(args[i + 1])
+                found[i + 1] = _config_file(args[i + 1], folder)
                 has_config = True
             elif arg.startswith(f"{flag}="):
-                found[i] = f"{flag}={_config_file(arg.split('=', 1)[1])}"
+                found[i] = f"{flag}={_config_file(arg.split('=', 1)[1], folder)}"
                 has_config = True
     if has_config:
         return found
-    checkpoint = next((_value(args, i) for i, a in enumerate(args) if a.split("=")[0] == "--ckpt_path"), None)
-    run_dir = owner_of(Path(checkpoint)) if checkpoint else None
-    config = run_dir / CONFIG if run_dir else preset_path(DEFAULT_PRESET)
+    if folder:
+        given = _option(args, "--run_dir")
+        run_dir = Path(given) if given and is_replay(Path(given)) else None
+    else:
+        checkpoint = _option(args, "--ckpt_path")
+        run_dir = owner_of(Path(checkpoint)) if checkpoint else None
+    config = run_dir / CONFIG if run_dir else preset_path(_DEFAULT_REPLAY if folder else DEFAULT_PRESET, folder)
     return [*found[: subcommand + 1], "--config", str(config), *found[subcommand + 1 :]]
 
 
@@ -281,20 +355,26 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return [_value(list(args), i) for i, arg in enumerate(args) if arg.split("=", 1)[0] in flags]
 
 
+def _option(args: list[str], name: str) -> str | None:
+    """Value of an option on a command line, or None."""
+    return next((_value(args, i) for i, a in enumerate(args) if a.split("=")[0] == name), None)
+
+
 def _value(args: list[str], i: int) -> str:
     return args[i].split("=", 1)[1] if "=" in args[i] else (args[i + 1] if i + 1 < len(args) else "")
 
 
-def _config_file(given: str) -> str:
+def _config_file(given: str, folder: str) -> str:
     """A file as it is; else the preset of that name, so that presets work from any folder."""
     path = Path(given)
     if path.is_file():
         return given
-    if path.stem in presets() and (len(path.parts) == 1 or path.parts[:-1] == ("configs",)):
-        return str(preset_path(path.stem))
+    known = presets(folder)
+    if path.stem in known and path.parts[:-1] in ((), ("configs",), ("configs", folder), (folder,)):
+        return str(preset_path(path.stem, folder))
     raise InputError(
-        f"--config {given}: there is no such file. {_suggest(path.stem, presets())}"
-        f"Allowed: a YAML file, or one of the presets {', '.join(presets())}. Fix: check the path."
+        f"--config {given}: there is no such file. {_suggest(path.stem, known)}"
+        f"Allowed: a YAML file, or one of the presets {', '.join(known)}. Fix: check the path."
     )
 
 

@@ -7,7 +7,7 @@ is never built when H < D: a thin QR of each factor leaves an H x H core, and on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -68,6 +68,32 @@ class AttentionHeads:
                     "pass one bias per row",
                 )
 
+    @classmethod
+    def from_bridge(cls, bridge: Any) -> AttentionHeads:
+        """All heads of a TransformerLens ``TransformerBridge``, as [layer, head, ...], on the bridge's device.
+
+        Shared key heads (grouped queries) are repeated, one for each query head; the scale is the model's own. Rotary
+        positions are left out: this is the form of a query and a key at the same position (offset 0). Weights are
+        those of the bridge's present processing: after ``enable_compatibility_mode()`` the normalization is folded in.
+
+        Raises:
+            InputError: The model has no attention that is bilinear in the normalized residual stream.
+        """
+        attentions = bridge_attentions(bridge)
+        scales = {attention_scale(attention) for attention in attentions}
+        if len(scales) > 1:
+            raise bad_value("scale", sorted(scales), "one for all layers", "look at one layer at a time")
+        W_Q, W_K = (w.detach().mT for w in (bridge.W_Q, bridge.W_K))
+        b_Q, b_K = (_stacked_bias(attentions, name) for name in ("b_Q", "b_K"))
+        repeats = W_Q.shape[1] // W_K.shape[1]
+        return cls(
+            W_Q,
+            W_K.repeat_interleave(repeats, dim=1),
+            b_Q,
+            None if b_K is None else b_K.repeat_interleave(repeats, dim=1),
+            scale=scales.pop(),
+        )
+
     @property
     def has_bias(self) -> bool:
         """True if the bilinear form has the extra bias coordinate (D -> D + 1)."""
@@ -96,14 +122,54 @@ class AttentionHeads:
         if n_head >= n_model:  # the core is already as small as it gets: [D, D] with D <= H
             core = (W_Q.mT @ W_K) * self.scale
             return HeadSVD(*verified_svd(core))
-        Q_q, A_q = _verified_qr(W_Q.mT)
-        Q_k, A_k = _verified_qr(W_K.mT)
+        Q_q, A_q = verified_qr(W_Q.mT)
+        Q_k, A_k = verified_qr(W_K.mT)
         U, S, V = verified_svd((A_q @ A_k.mT) * self.scale)
         return HeadSVD(Q_q @ U, S, Q_k @ V)
 
     def bilinear(self, x: Float[Tensor, "... D P"], y: Float[Tensor, "... D P"]) -> Float[Tensor, "... P"]:
         """``x_p^T Omega y_p`` for P pairs of columns, without the biases: the logit that the pair (x, y) gets."""
         return ((self.W_Q @ x) * (self.W_K @ y)).sum(-2) * self.scale
+
+
+def bridge_attentions(bridge: Any) -> list[Any]:
+    """The attention components of a ``TransformerBridge``, layer by layer.
+
+    Raises:
+        InputError: A layer has no attention, or it normalizes queries and keys after their projection (QK-norm): then
+            scores are no bilinear form of the residual stream, and there is nothing to decompose.
+    """
+    model = getattr(bridge.cfg, "architecture", None) or type(bridge).__name__
+    attentions = []
+    for layer, block in enumerate(bridge.blocks):
+        attention = getattr(block, "attn", None)
+        if attention is None:
+            raise bad_value(f"layer {layer} of {model}", "no attention", "layers with attention", "use another model")
+        if "q_norm" in attention.submodules:
+            raise bad_value(
+                f"layer {layer} of {model}",
+                "QK-norm",
+                "attention whose scores are bilinear in the residual stream",
+                "use a model without normalization of queries and keys",
+            )
+        attentions.append(attention)
+    return attentions
+
+
+def attention_scale(attention: Any) -> float:
+    """Factor of the scores of a bridge's attention: what the model itself says, else 1/sqrt(d_head)."""
+    original = attention.original_component
+    scaling = getattr(original, "scaling", None)
+    return float(attention.config.d_head**-0.5 if scaling is None else scaling)
+
+
+def _stacked_bias(attentions: list[Any], name: str) -> Tensor | None:
+    """Biases [layer, head, H], zeros in layers that have none; None if no layer has any."""
+    biases = [getattr(attention, name) for attention in attentions]
+    present = next((b for b in biases if b is not None), None)
+    if present is None:
+        return None
+    return torch.stack([torch.zeros_like(present) if b is None else b.detach() for b in biases])
 
 
 def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +233,7 @@ def _accurate(matrix: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return ok
 
 
-def _verified_qr(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor]:
+def verified_qr(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor]:
     """Thin QR (n >= m), checked like the SVD; a batch that does not pass is done again in float64."""
     Q, R = torch.linalg.qr(matrix)
     if bool(_accurate_qr(matrix, Q, R).all()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,50 @@ from svf_lightning.heads import AttentionHeads, HeadSVD
 
 _T = TypeVar("_T")
 
+_OBSERVED = ("features", "queries", "keys", "attended_queries", "attended_keys")  # the probe's own tensors
+
 Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
+
+
+@dataclass(frozen=True)
+class AttendedScores:
+    """Scores of attended keys in the singular basis of the heads (method, section 6), n query-key pairs per head.
+
+    A score is taken relative to the other keys that the query sees: of the key ``s~ = s_j - mean of the other s_i``.
+
+    Args:
+        query: Coordinates ``r . u_k`` of the queries [..., n, R].
+        key: ``u_k^T Omega s~``, which is ``sigma_k v_k . s~`` without rotary positions [..., n, R].
+        direction: Coordinates ``v_k . s~`` of the keys without rotation [..., n, R].
+        S: Singular values of each pair's basis [..., n or 1, R].
+        attention: The model's attention weight on the key, in [0, 1] [..., n] (optional).
+        error: Largest difference of the decomposed scores from the model's own, relative to the largest [...]
+            (optional).
+        logit_difference: Next-token logit of the right answer minus that of the wrong one [n] (optional).
+    """
+
+    query: Float[Tensor, "... n R"]
+    key: Float[Tensor, "... n R"]
+    direction: Float[Tensor, "... n R"]
+    S: Float[Tensor, "... n1 R"]
+    attention: Float[Tensor, "... n"] | None = None
+    error: Float[Tensor, "..."] | None = None
+    logit_difference: Float[Tensor, " n"] | None = None
+
+    @property
+    def contributions(self) -> Float[Tensor, "... n R"]:
+        """Relative contributions ``c~_k``: their sum over k is the relative score."""
+        return self.query * self.key
+
+
+class Outcome(NamedTuple):
+    """What a model does at n query-key pairs (prompts)."""
+
+    attention: Float[Tensor, "... n"]  # weight of each head on the key, in [0, 1]
+    logit_difference: Float[Tensor, " n"]  # next-token logit of the right answer minus that of the wrong one
+
+
+Intervene = Callable[[Float[Tensor, "... n"]], Outcome]
 
 
 @dataclass(frozen=True)
@@ -38,9 +81,17 @@ class Probe:
         pair_logits: Target logit T_ij of each pair [..., P].
         queries: Observed queries [*feature_dims, n, D] (optional).
         keys: Observed keys [*feature_dims, n, m, D] (optional).
+        attended_queries: Queries [*feature_dims, n, D] of n query-key pairs whose attention is looked at (optional).
+        attended_keys: Their keys, each minus the mean of the other keys that its query sees [*feature_dims, n, D].
+        scores: The scores of such pairs in singular coordinates, where the module knows better than ``x^T Omega y``
+            (biases, rotary positions); leading dimensions ``batch_dims``.
+        intervene: Runs the module on these pairs again with an amount taken off each head's score of the key, before
+            the softmax (optional).
+        part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
         coords: Labels that hold for the whole run, by name: (dimensions, values); they travel with the trajectory.
+        labels: Labels of this step, such as the revision and the hash of its weights; they travel with its row.
 
     Raises:
         InputError: Leading dimensions that do not agree.
@@ -53,9 +104,15 @@ class Probe:
     pair_logits: Float[Tensor, "... P"] | None = None
     queries: Float[Tensor, "... n D"] | None = None
     keys: Float[Tensor, "... n m D"] | None = None
+    attended_queries: Float[Tensor, "... n D"] | None = None
+    attended_keys: Float[Tensor, "... n D"] | None = None
+    scores: AttendedScores | None = None
+    intervene: Intervene | None = None
+    part: tuple[int, int] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
     feature_dims: tuple[str, ...] | None = None
     coords: Mapping[str, Coordinate] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.batch_dims)
@@ -84,6 +141,13 @@ class Probe:
         missing = len(self.batch_dims) - len(self.feature_dims or ())
         return features.reshape(*features.shape[:-2], *(1,) * missing, *features.shape[-2:])
 
+    def in_forms(self, features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D1 N"]:
+        """As :meth:`for_heads`, with a bias coordinate of 0 where the heads' bilinear forms have one (D -> D + 1)."""
+        features = self.for_heads(features)
+        if self.heads is None or not self.heads.has_bias:
+            return features
+        return torch.cat([features, torch.zeros_like(features[..., :1, :])], dim=-2)
+
     @property
     def is_on_cpu(self) -> bool:
         """True if no tensor lives on an accelerator."""
@@ -96,7 +160,8 @@ class Probe:
 
     def _tensors(self) -> list[Tensor]:
         heads = (self.heads.W_Q, self.heads.W_K, self.heads.b_Q, self.heads.b_K) if self.heads else ()
-        return [t for t in (*heads, self.features, self.queries, self.keys) if t is not None]
+        own = (getattr(self, name) for name in _OBSERVED)
+        return [t for t in (*heads, *own) if t is not None]
 
     @cached_property
     def svd(self) -> HeadSVD:
@@ -109,6 +174,20 @@ class Probe:
             raise bad_value("heads", None, "heads to decompose", "check probe.heads first")
         return self.heads.svd()
 
+    @property
+    def attended_scores(self) -> AttendedScores | None:
+        """Scores of the attended pairs in singular coordinates; None if the probe shows no pairs."""
+        if self.scores is not None or self.heads is None or self.attended_queries is None or self.attended_keys is None:
+            return self.scores
+        svd = self.svd
+        query, key = (self.for_heads(t) for t in (self.attended_queries, self.attended_keys))
+        if self.heads.has_bias:  # the bias coordinate: 1 for a token, 0 for a difference of tokens
+            query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+            key = torch.cat([key, torch.zeros_like(key[..., :1])], dim=-1)
+        direction = key @ svd.V
+        S = svd.S[..., None, :]
+        return AttendedScores(query @ svd.U, direction * S, direction, S)
+
     def snapshot(self) -> Probe:
         """A copy that later training steps do not change (detached, same device)."""
         return self._with(_detached_copy)
@@ -118,14 +197,15 @@ class Probe:
         heads = self.heads
         if heads is not None:
             heads = _copy_with(heads, {name: change(getattr(heads, name)) for name in ("W_Q", "W_K", "b_Q", "b_K")})
-        tensors = {name: change(getattr(self, name)) for name in ("features", "queries", "keys")}
+        tensors = {name: change(getattr(self, name)) for name in _OBSERVED}
         return _copy_with(self, {"heads": heads, **tensors})
 
     @staticmethod
     def stack(probes: Sequence[Probe]) -> Probe:
         """K probes of one module as one probe with a new leading dimension "step" and ``step`` of shape [K].
 
-        A metric that is batched over leading dimensions measures K steps at the price of one call.
+        A metric that is batched over leading dimensions measures K steps at the price of one call. Scores that a module
+        made itself are left out: they come in parts, which metrics see one by one.
         """
         first = probes[0]
         heads = None
@@ -133,8 +213,8 @@ class Probe:
             parts = [p.heads for p in probes if p.heads is not None]
             heads = replace(
                 first.heads,
-                W_Q=torch.stack([h.W_Q for h in parts]),
-                W_K=torch.stack([h.W_K for h in parts]),
+                W_Q=_stack([h.W_Q for h in parts]),
+                W_K=_stack([h.W_K for h in parts]),
                 b_Q=_stack([h.b_Q for h in parts]),
                 b_K=_stack([h.b_K for h in parts]),
             )
@@ -143,10 +223,10 @@ class Probe:
             first,
             step=torch.tensor([int(p.step) for p in probes]),
             heads=heads,
-            features=_stack([p.features for p in probes]),
             pair_logits=None if logits is None else logits.expand(len(probes), *logits.shape),
-            queries=_stack([p.queries for p in probes]),
-            keys=_stack([p.keys for p in probes]),
+            **{name: _stack([getattr(p, name) for p in probes]) for name in _OBSERVED},
+            scores=None,
+            intervene=None,
             batch_dims=("step", *first.batch_dims),
             feature_dims=("step", *(first.feature_dims or ())),
         )
@@ -172,6 +252,8 @@ def _detached_copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+def _stack(tensors: Sequence[Tensor | None]) -> Any:
     present = [t for t in tensors if t is not None]
+    if len(present) == 1:  # no copy: heads of a real model are large
+        return present[0][None]
     return torch.stack(present) if present else None

@@ -21,6 +21,7 @@ from svf_lightning.errors import InputError
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 
 
 def new_run_dir(experiment: str, root: Path) -> Path:
@@ -46,6 +47,11 @@ def check_free(run_dir: Path) -> None:
         raise InputError(
             f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir."
         )
+
+
+def is_replay(run_dir: Path) -> bool:
+    """True for the directory of a replay, which goes on when it is called again."""
+    return (run_dir / IDENTITY).is_file() and (run_dir / CONFIG).is_file()
 
 
 def owner_of(checkpoint: Path) -> Path | None:
@@ -83,7 +89,18 @@ def _finite(value: Any) -> Any:
 def versions() -> dict[str, str]:
     """What a run was made with: packages, Python, platform, and the commit of a source checkout."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("svf-lightning", "torch", "lightning", "numpy", "scipy", "xarray", "zarr", "wandb"):
+    for package in (
+        "svf-lightning",
+        "torch",
+        "lightning",
+        "numpy",
+        "scipy",
+        "xarray",
+        "zarr",
+        "wandb",
+        "transformer-lens",
+        "transformers",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import zarr
 
 FILE_NAME = "trajectory.zarr"
+_PARTS = "trajectory*.zarr"  # trajectory.zarr, and trajectory.rank1.zarr ... of further devices
 FORMAT = 1
 _METADATA = ".zmetadata"
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
@@ -59,7 +60,9 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     ``pair/right``, ``pair/sigma``, ``pair/logit``, ``pair/index`` [pair], and, computed on access, ``cosine_left`` and
     ``cosine_right`` [feature, rank] (absolute), ``gram`` [feature, feature_2] (signed), ``dimensionality`` [feature].
 
-    A row holds the weights after ``step`` updates and the losses of these weights on the draw of that step.
+    A row holds the weights after ``step`` updates and the losses of these weights on the draw of that step. Rows are
+    sorted by step, however they came; what several devices wrote is joined. ``attrs["batch_dims"]`` names the module's
+    own dimensions.
 
     Args:
         run_dir: A run directory (``runs/<experiment>/<run id>``). The run may still be going on.
@@ -74,27 +77,46 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     import xarray as xr
 
     path = Path(run_dir)
-    path = path if path.suffix == ".zarr" else path / FILE_NAME
-    if not (path / _METADATA).is_file():
+    parts = [path] if path.suffix == ".zarr" else sorted(path.glob(_PARTS))
+    parts = [part for part in parts if (part / _METADATA).is_file()]
+    if not parts:
+        missing = path if path.suffix == ".zarr" else path / FILE_NAME
         raise InputError(
-            f"{path} is not a trajectory. Allowed: a run directory with at least one captured row. "
-            "Fix: pass the directory that `fit` printed as its last line."
+            f"{missing} is not a trajectory. Allowed: a run directory with at least one captured row. "
+            "Fix: pass the directory that `fit` or `replay` printed as its last line."
         )
-    try:
-        raw = xr.open_zarr(path, consolidated=True, chunks=None)
-        coords = {name: raw[name] for name in raw.attrs["labels"]}
-        columns: dict[str, xr.DataArray] = {}
-        for pack, names in raw.attrs["packs"].items():
-            columns |= {name: raw[pack].isel({f"{pack}:names": i}) for i, name in enumerate(names)}
-        dataset = xr.Dataset(columns, coords={"step": raw["step"].load(), **coords})
-    except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
+    datasets = [_open_part(part) for part in parts]
+    dataset = datasets[0] if len(datasets) == 1 else xr.concat(datasets, "step", data_vars="all", join="exact")
+    steps = dataset["step"].values
+    if (np.diff(steps) < 0).any():
+        dataset = dataset.isel(step=np.argsort(steps, kind="stable"))
     derived = {
         name: _derive(dataset, derivation)
         for name, derivation in _DERIVED.items()
         if all(source in dataset for source in derivation.sources)
     }
     return dataset.assign(derived)
+
+
+def has_trajectory(run_dir: str | Path) -> bool:
+    """True once a run directory holds a row, whichever device wrote it."""
+    return any((part / _METADATA).is_file() for part in Path(run_dir).glob(_PARTS))
+
+
+def _open_part(path: Path) -> xr.Dataset:
+    """The rows of one writer, in the order in which they were written."""
+    import xarray as xr
+
+    try:
+        raw = xr.open_zarr(path, consolidated=True, chunks=None)
+        coords = {name: raw[name] for name in raw.attrs["labels"]}
+        columns: dict[str, xr.DataArray] = {}
+        for pack, names in raw.attrs["packs"].items():
+            columns |= {name: raw[pack].isel({f"{pack}:names": i}) for i, name in enumerate(names)}
+        attributes = {"batch_dims": tuple(raw.attrs.get("batch_dims", ("instance",)))}
+        return xr.Dataset(columns, coords={"step": raw["step"].load(), **coords}, attrs=attributes)
+    except (KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
 
 
 def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
@@ -136,10 +158,11 @@ class TrajectoryStore:
     Args:
         run_dir: The run directory; the store is its ``trajectory.zarr``.
         rows_per_chunk: Rows of a storage chunk. Appending so that chunks fill up without a rest is fastest.
+        rank: Number of the writing process, where several devices write: each has a store of its own.
     """
 
-    def __init__(self, run_dir: str | Path, *, rows_per_chunk: int = 128) -> None:
-        self.path = Path(run_dir) / FILE_NAME
+    def __init__(self, run_dir: str | Path, *, rows_per_chunk: int = 128, rank: int = 0) -> None:
+        self.path = Path(run_dir) / (FILE_NAME if rank == 0 else f"trajectory.rank{rank}.zarr")
         self.rows_per_chunk = rows_per_chunk
         self._group: zarr.Group | None = None
         self._arrays: dict[str, Any] = {}
@@ -156,13 +179,19 @@ class TrajectoryStore:
         """True once a row was written."""
         return self._group is not None or (self.path / _METADATA).is_file()
 
-    def append(self, columns: Mapping[str, Column], coords: Mapping[str, Column] | None = None) -> None:
+    def append(
+        self,
+        columns: Mapping[str, Column],
+        coords: Mapping[str, Column] | None = None,
+        batch_dims: tuple[str, ...] = ("instance",),
+    ) -> None:
         """Write rows and make them visible together.
 
         Args:
             columns: By name: (dimensions after ``step``, values [K, ...]). "step" must be among them, ascending.
                 What open_trajectory derives is left out.
             coords: Labels without a step dimension; taken from the first call only.
+            batch_dims: The module's own dimensions, as the probe names them; taken from the first call only.
 
         Raises:
             InputError: Names or shapes differ from those of the rows already there.
@@ -175,7 +204,7 @@ class TrajectoryStore:
         steps = kept.pop("step")[1]
         packs = _pack(kept)
         if not self.exists:
-            self._create(packs, kept, coords or {})
+            self._create(packs, kept, coords or {}, batch_dims)
         group = self._open()
         stored: Any = group.attrs["packs"]
         known = {pack: (tuple(names), self._arrays[pack].shape[2:]) for pack, names in stored.items()}
@@ -201,14 +230,18 @@ class TrajectoryStore:
         self._commit(int(np.searchsorted(steps, before_step)))
 
     def _create(
-        self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], coords: Mapping[str, Column]
+        self,
+        packs: Mapping[str, list[str]],
+        columns: Mapping[str, Column],
+        coords: Mapping[str, Column],
+        batch_dims: tuple[str, ...],
     ) -> None:
         import zarr
         from numcodecs import Blosc
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
-        group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords))
+        group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords), batch_dims=batch_dims)
         layout = {
             pack: (
                 (len(names), *columns[names[0]][1].shape[1:]),

@@ -55,7 +55,7 @@ def test_the_summary_is_valid_json_and_agrees_with_the_trajectory(finished):
         assert summary["metrics"][name]["mean"] == pytest.approx(values.mean())
         assert summary["metrics"][name]["min"] == pytest.approx(values.min())
     claims = {c["claim"]: c for c in summary["claims"]}
-    assert len(claims) == 4
+    assert len(claims) == 7
     first = claims["the top singular vectors are the attended features"]
     assert first["measured"] == pytest.approx(last["alignment/matched"].values.min())
     assert first["holds"] == (first["measured"] >= 0.99)

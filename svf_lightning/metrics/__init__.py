@@ -1,6 +1,6 @@
 """Pure functions on tensors, batched over any leading dimensions: tensors in, tensors out."""
 
-from svf_lightning.metrics.accumulate import InstanceMean
+from svf_lightning.metrics.accumulate import InstanceMean, SparseAttention, SparsityOverPairs
 from svf_lightning.metrics.alignment import (
     PairAlignment,
     align_pairs,
@@ -18,17 +18,22 @@ from svf_lightning.metrics.geometry import (
     unit_features,
 )
 from svf_lightning.metrics.sparsity import (
+    Sparsity,
     haar_orthogonal,
+    measure_sparsity,
     n_recon,
     relative_attention,
-    rotated_contributions,
     sparseness,
+    top_contributor,
 )
 from svf_lightning.metrics.spectrum import n_significant, sigma_ratio, stable_rank
 
 __all__ = [
     "InstanceMean",
     "PairAlignment",
+    "SparseAttention",
+    "Sparsity",
+    "SparsityOverPairs",
     "align_pairs",
     "attended_vs_rest",
     "cosine_matrix",
@@ -38,14 +43,15 @@ __all__ = [
     "interference",
     "logit_fidelity",
     "match_pairs",
+    "measure_sparsity",
     "n_recon",
     "n_significant",
     "relative_attention",
-    "rotated_contributions",
     "sigma_ratio",
     "sparseness",
     "spearman",
     "stable_rank",
     "time_of_change",
+    "top_contributor",
     "unit_features",
 ]

@@ -1,11 +1,18 @@
 """torchmetrics classes that accumulate what a loop over batches measures."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from svf_lightning.errors import bad_value
+from svf_lightning.metrics.sparsity import measure_sparsity
 
 
 class InstanceMean(Metric):
@@ -44,3 +51,120 @@ class InstanceMean(Metric):
     def mean(self) -> Float[Tensor, "..."]:
         """Weighted mean so far, in the shape of one batch's value; NaN before the first update."""
         return self.total / self.weight
+
+
+class SparsityOverPairs(NamedTuple):
+    """What :class:`SparseAttention` gathers from n query-key pairs (prompts) of each head [...]."""
+
+    score: Float[Tensor, "... n"]  # relative attention score
+    sparseness: Float[Tensor, "... n"]
+    sparseness_shared_rotation: Float[Tensor, "... n"]  # mean over draws
+    sparseness_independent_rotation: Float[Tensor, "... n"]  # mean over draws
+    n_recon: Int[Tensor, "... n"]
+    top_index: Int[Tensor, "... n"]
+    shared_draws: Float[Tensor, "... draws"]  # mean over pairs, for each draw
+    independent_draws: Float[Tensor, "... draws"]
+    attention: Float[Tensor, "... n"] | None
+    contribution_mean: Float[Tensor, "... R"]  # relative contribution of each singular pair, over the query-key pairs
+    contribution_sd: Float[Tensor, "... R"]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SparsityOverPairs:
+        """The same with every tensor changed."""
+        return SparsityOverPairs(*(None if v is None else change(v) for v in self))  # type: ignore[arg-type]
+
+    def at_pairs(self, chosen: Bool[Tensor, "... n"]) -> SparsityOverPairs:
+        """The values of chosen query-key pairs, whichever head they are of [n']."""
+        pairs = {name: getattr(self, name) for name in SparseAttention.PER_PAIR}
+        return self._replace(**{name: None if v is None else v[chosen] for name, v in pairs.items()})  # type: ignore[arg-type]
+
+
+class SparseAttention(Metric):
+    """Accumulates the sparseness of attention scores over batches of query-key pairs (method, section 6).
+
+    Keeps a few numbers per pair and head, nothing of the size of a vector. Synchronizes over processes by
+    concatenation of the pairs, as torchmetrics does.
+
+    Args:
+        n_draws: Random rotations for each control.
+        seed: Seed of the rotations.
+        sync_on_compute: Gather what other processes saw; False where each process looks at a model of its own.
+
+    Raises:
+        InputError: Fewer than one draw.
+    """
+
+    full_state_update = False
+    contribution_sum: Tensor
+    contribution_squares: Tensor
+    contribution_count: Tensor
+    PER_PAIR = (
+        "score", "sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation", "n_recon", "top_index",
+        "attention",
+    )  # fmt: skip
+
+    def __init__(self, n_draws: int = 16, seed: int = 0, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        if n_draws < 1:
+            raise bad_value("n_draws", n_draws, "an integer >= 1; one rotation alone is no control", "take 16")
+        self.n_draws, self.seed = n_draws, seed
+        self.rank = 0  # R, known from the first update on
+        for name in (*self.PER_PAIR, "shared_draws", "independent_draws"):
+            self.add_state(name, [], dist_reduce_fx="cat")  # pairs first
+        for name in ("contribution_sum", "contribution_squares", "contribution_count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(
+        self,
+        query: Float[Tensor, "... n R"],
+        key: Float[Tensor, "... n R"],
+        direction: Float[Tensor, "... n R"],
+        S: Float[Tensor, "... n1 R"],
+        attention: Float[Tensor, "... n"] | None = None,
+    ) -> None:
+        """Add pairs; see :func:`svf_lightning.metrics.measure_sparsity` for the arguments."""
+        self.rank = query.shape[-1]
+        found = measure_sparsity(query, key, direction, S, n_draws=self.n_draws, seed=self.seed)
+        per_pair = {
+            "score": found.score,
+            "sparseness": found.sparseness,
+            "sparseness_shared_rotation": found.shared.mean(-1),
+            "sparseness_independent_rotation": found.independent.mean(-1),
+            "n_recon": found.n_recon,
+            "top_index": found.top_index,
+            "attention": attention,
+        }
+        for name, values in per_pair.items():
+            if values is not None:
+                getattr(self, name).append(values.movedim(-1, 0))
+        scored = ~found.score.isnan()
+        contributions = torch.where(scored[..., None], found.contributions, 0).double()
+        self.contribution_sum = self.contribution_sum + contributions.sum(-2)
+        self.contribution_squares = self.contribution_squares + contributions.square().sum(-2)
+        self.contribution_count = self.contribution_count + scored.sum(-1, keepdim=True)
+        for name, draws in (("shared_draws", found.shared), ("independent_draws", found.independent)):
+            getattr(self, name).append(draws.movedim(-2, 0))
+
+    def reset(self) -> None:
+        """Forget all pairs."""
+        super().reset()
+        self.rank = 0
+
+    def compute(self) -> SparsityOverPairs:
+        """Everything so far.
+
+        Raises:
+            InputError: No pair was added.
+        """
+        if self.rank == 0:
+            raise bad_value("SparseAttention", "no pairs", "at least one update", "add pairs before computing")
+        per_pair: dict[str, Any] = {
+            name: dim_zero_cat(getattr(self, name)).movedim(0, -1) if len(getattr(self, name)) else None
+            for name in self.PER_PAIR
+        }
+        draws = {name: dim_zero_cat(getattr(self, name)).nanmean(0) for name in ("shared_draws", "independent_draws")}
+        mean = self.contribution_sum / self.contribution_count
+        variance = (self.contribution_squares / self.contribution_count - mean.square()).clamp_min(0)
+        dtype = draws["shared_draws"].dtype
+        moments = {"contribution_mean": mean.to(dtype), "contribution_sd": variance.sqrt().to(dtype)}
+        return SparsityOverPairs(**per_pair, **draws, **moments)

@@ -6,6 +6,8 @@ A score is a sum over singular pairs: ``score_j = sum_k c_jk`` with contribution
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -91,29 +93,65 @@ def haar_orthogonal(
     return haar.to(device)
 
 
-def rotated_contributions(
-    query: Float[Tensor, "... R"],
-    S: Float[Tensor, "... R"],
-    keys: Float[Tensor, "... n R"],
-    A: Float[Tensor, "... R R"],
-    B: Float[Tensor, "... R R"] | None = None,
-) -> Float[Tensor, "... n R"]:
-    """Contributions in a rotated basis: the controls for sparseness in the singular basis.
+class Sparsity(NamedTuple):
+    """How sparse n relative scores are, each head's own n [..., n], and the two rotation controls."""
+
+    contributions: Float[Tensor, "... n R"]  # c~_k, relative
+    score: Float[Tensor, "... n"]  # their sum, logit~_j
+    sparseness: Float[Tensor, "... n"]  # S(v) in the singular basis
+    n_recon: Int[Tensor, "... n"]
+    top_index: Int[Tensor, "... n"]  # singular index that contributes most, 0..R-1; -1 for NaN
+    shared: Float[Tensor, "... n draws"]  # S(v) under shared rotations
+    independent: Float[Tensor, "... n draws"]  # S(v) under independent rotations
+
+
+def measure_sparsity(
+    query: Float[Tensor, "... n R"],
+    key: Float[Tensor, "... n R"],
+    direction: Float[Tensor, "... n R"],
+    S: Float[Tensor, "... n1 R"],
+    *,
+    n_draws: int = 16,
+    seed: int = 0,
+) -> Sparsity:
+    """Sparseness of relative scores in the singular basis and in randomly rotated ones.
+
+    Two controls, with A and B Haar-random: the **shared** rotation has ``U A`` on the query side and the key side's
+    ``S V^T s~`` in the same A, so that every score stays what it was; the **independent** rotation has ``U A`` and
+    ``V B`` with S kept, which keeps the spectrum and breaks the pairing. Identity matrices give the singular basis.
 
     Args:
-        query: Coordinates ``r . u_k`` of the query.
-        S: Singular values.
-        keys: Coordinates ``v_k . s_j`` of the keys.
-        A: Orthogonal matrix for the query side.
-        B: None for the **shared** rotation: query side ``U A``, and ``S V^T s`` in the same A, so every score stays
-            what it was. An orthogonal matrix for the **independent** rotation: ``U A`` and ``V B`` with S kept, which
-            keeps the spectrum and breaks the pairing.
+        query: ``r . u_k``.
+        key: ``u_k^T Omega s~`` with ``s~ = s_j - mean of the other keys``; times ``query`` the contributions.
+        direction: ``v_k . s~``.
+        S: Singular values, one row for all pairs (n1 = 1) or one each.
+        n_draws: Rotations drawn for each control; the same for all heads and pairs.
+        seed: Seed of the draws.
+    """
+    contributions = query * key
+    R = query.shape[-1]
+    A, B = haar_orthogonal(R, 2 * n_draws, seed=seed, device=query.device).to(query.dtype).chunk(2)
+    shared, independent = [], []
+    for a, b in zip(A, B, strict=True):
+        left = query @ a
+        shared.append(sparseness(left * (key @ a)))
+        independent.append(sparseness(left * S * (direction @ b)))
+    return Sparsity(
+        contributions,
+        contributions.sum(-1),
+        sparseness(contributions),
+        n_recon(contributions),
+        top_contributor(contributions),
+        torch.stack(shared, -1),
+        torch.stack(independent, -1),
+    )
+
+
+def top_contributor(v: Float[Tensor, "... R"]) -> Int[Tensor, "..."]:
+    """Index of the entry that contributes most to the sum: the largest, or for a sum < 0 the smallest.
 
     Returns:
-        Contributions [..., n, R]; identity matrices give those of the singular basis.
+        In 0..R-1; -1 for a vector that holds NaN.
     """
-    A = A.to(query.dtype)
-    left = (query[..., None, :] @ A).squeeze(-2)
-    if B is None:
-        return left[..., None, :] * ((keys * S[..., None, :]) @ A)
-    return (left * S)[..., None, :] * (keys @ B.to(keys.dtype))
+    mirrored = torch.where(v.sum(-1, keepdim=True) < 0, -v, v)
+    return mirrored.argmax(-1).masked_fill(v.isnan().any(-1), -1)

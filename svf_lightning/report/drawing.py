@@ -1,18 +1,19 @@
 """What figures share: checking and reading a dataset, the look, panels, heat maps, lines over steps, PNG files.
 
-Nothing here knows what a figure shows. :mod:`svf_lightning.report.figures` has one function per figure.
+Nothing here knows what a figure shows. :mod:`svf_lightning.report.figures` has one function per figure, and so has
+:mod:`svf_lightning.report.replay_figures` for attention scores and the heads of language models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
-from plotly.colors import sample_colorscale  # type: ignore[import-untyped,unused-ignore]
+from plotly.colors import hex_to_rgb, sample_colorscale  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.errors import InputError, bad_value
 
@@ -48,6 +49,10 @@ LABELS = {
     "lambda_attn": f"weight of the attention loss, {LAMBDA}",
 }
 _DIMS = {"step", "instance", "d_model", "feature", "feature_2", "rank", "pair"}  # what every figure knows how to show
+_HEAD_DIMS = {  # and what figures of a language model's heads do
+    "step", "layer", "head", "rank", "prompt", "draw", "task_head", "n_removed", "kind", "pair", "causal_head"
+}  # fmt: skip
+_REPLAY = "replay a language model (python -m svf_lightning replay) with the"
 _DIM_FIXES = {
     "head": "train with several heads (--model.n_heads=4)",
     "offset": "train with rotary positions (--model.rope=true)",
@@ -66,6 +71,13 @@ _PROVIDERS = (  # what makes a run hold a quantity, by the start of its name
         "train with the FeatureOrthogonality callback and a template that leaves features over",
     ),
     (("orthogonality/", "W", "gram", "dimensionality"), "train with the FeatureOrthogonality callback"),
+    (
+        ("prompt/", "draw/", "contribution/", "task/"),
+        f"{_REPLAY} AttentionSparsity callback and its keep_prompts=true",
+    ),
+    (("sad/task/", "sad/attending/", "sad/attention", "sad/accuracy"), f"{_REPLAY} AttentionSparsity callback"),
+    (("sad/",), "train with a head (not template=zero), --model.n_attended=64 and the AttentionSparsity callback"),
+    (("causal/",), f"{_REPLAY} CausalAblation callback"),
 )
 
 
@@ -94,6 +106,14 @@ TEMPLATES = {
 }
 
 
+class Entry(NamedTuple):
+    """One figure of a registry."""
+
+    draw: Callable[..., go.Figure]  # dataset -> figure; keyword options of its own
+    description: str
+    paper: str  # the figure of arXiv 2602.13524 that it mirrors
+
+
 # ---------------------------------------------------------------------------------------------- reading a dataset
 
 
@@ -116,10 +136,7 @@ def require(
     Raises:
         InputError: It lacks one of these, or has a dimension that the figure does not show.
     """
-    for name in names:
-        if name not in dataset:
-            fix = next((fix for starts, fix in _PROVIDERS if name.startswith(starts)), "add the callback that has it")
-            raise InputError(f"this figure needs {name!r}, which the run does not hold. Fix: {fix}.")
+    _require_names(dataset, names)
     for dim in dims:
         if dim not in dataset.sizes:
             held = ", ".join(map(str, dataset.sizes))
@@ -129,21 +146,57 @@ def require(
             f"this figure needs the dimension 'instance'; the run has {', '.join(map(str, dataset.sizes))}. "
             "Fix: select one head and add the dimension: dataset.isel(layer=0, head=0).expand_dims('instance', 1)."
         )
-    further = {str(dim) for name in names for dim in dataset[name].dims} - _DIMS - set(dims)
+    _require_no_further(dataset, names, _DIMS | set(dims))
+    _require_steps(dataset, n_steps)
+    if instance is not None and not 0 <= instance < dataset.sizes["instance"]:
+        raise bad_value("instance", instance, f"0..{dataset.sizes['instance'] - 1}", "pass one that was trained")
+
+
+def require_heads(dataset: xr.Dataset, *names: str, n_steps: int = 1) -> None:
+    """Check that a figure of a language model can be drawn: it has layers and heads where the toy model has instances.
+
+    Args:
+        dataset: What to draw.
+        names: Quantities that it must hold.
+        n_steps: How many captured steps the figure needs.
+
+    Raises:
+        InputError: It lacks one of these, or has a dimension that the figure does not show.
+    """
+    _require_names(dataset, names)
+    lacking = [dim for dim in ("layer", "head") if dim not in dataset.sizes]
+    if lacking:
+        raise InputError(
+            f"this figure needs the dimension {' and '.join(map(repr, lacking))}; the run has "
+            f"{', '.join(map(str, dataset.sizes))}. Fix: pass the run directory of a `replay` of a language model."
+        )
+    _require_no_further(dataset, names, _HEAD_DIMS)
+    _require_steps(dataset, n_steps)
+
+
+def _require_names(dataset: xr.Dataset, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in dataset:
+            fix = next((fix for starts, fix in _PROVIDERS if name.startswith(starts)), "add the callback that has it")
+            raise InputError(f"this figure needs {name!r}, which the run does not hold. Fix: {fix}.")
+
+
+def _require_no_further(dataset: xr.Dataset, names: Sequence[str], dims: set[str]) -> None:
+    further = {str(dim) for name in names for dim in dataset[name].dims} - dims
     if further:
         chosen = ", ".join(f"{dim}=0" for dim in sorted(further))
         raise InputError(
             f"the run has the dimension {', '.join(sorted(further))}, which this figure does not show. "
             f"Fix: select one: dataset.isel({chosen})."
         )
+
+
+def _require_steps(dataset: xr.Dataset, n_steps: int) -> None:
     captured = dataset.sizes.get("step", 0)
     if captured < n_steps:
-        raise InputError(
-            f"this figure needs {n_steps} captured steps or more, and the run has {captured}. "
-            "Fix: pass the run directory of a `fit`, not of a `test` or `validate`."
-        )
-    if instance is not None and not 0 <= instance < dataset.sizes["instance"]:
-        raise bad_value("instance", instance, f"0..{dataset.sizes['instance'] - 1}", "pass one that was trained")
+        fit = "pass the run directory of a `fit`, not of a `test` or `validate`"
+        fix = "replay several checkpoints of one training" if "layer" in dataset.sizes else fit
+        raise InputError(f"this figure needs {n_steps} captured steps or more, and the run has {captured}. Fix: {fix}.")
 
 
 def require_one_per_instance(dataset: xr.Dataset, name: str) -> None:
@@ -346,10 +399,13 @@ def draw_heat(
     y: dict[str, Any],
     signed: np.ndarray | None = None,
     numbers: bool = False,
+    number_format: str = ".2f",
+    coloraxis: str = "coloraxis",
 ) -> None:
     """A heat map of square cells, first row at the top. ``hover`` has {row}, {column} and {value} in it.
 
-    ``numbers`` writes the value into each cell; ``signed`` are values to tell instead of those shown.
+    ``numbers`` writes the value into each cell, as ``number_format`` says; ``signed`` are values to tell instead of
+    those shown.
     """
     shown = "%{z:.3f}" if signed is None else "%{customdata:.3f}"
     figure.add_heatmap(
@@ -359,8 +415,8 @@ def draw_heat(
         customdata=signed,
         text=[[hover.format(row=row, column=column, value="") for column in columns] for row in rows],
         hovertemplate=f"%{{text}}{shown}<extra></extra>",
-        coloraxis="coloraxis",
-        **({"texttemplate": "%{z:.2f}"} if numbers else {}),
+        coloraxis=coloraxis,
+        **({"texttemplate": f"%{{z:{number_format}}}"} if numbers else {}),
         **axes_of(number),
     )
     square = {"showgrid": False, "showline": False, "constrain": "domain"}
@@ -429,6 +485,31 @@ class Steps:
         points = {"x": self.x[self.kept], "y": y, "customdata": self.steps[self.kept]}
         figure.add_scatter(**points, mode="lines", name=name, line=line, hovertemplate=template, **options)
         return True
+
+    def band(self, figure: go.Figure, low: np.ndarray, high: np.ndarray, colour: str, **options: Any) -> None:
+        """Fill what lies between two lines; a gap where one of them is no number."""
+        draw_band(figure, self.x[self.kept], low[self.kept], high[self.kept], colour, **options)
+
+
+def draw_band(figure: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, **options: Any) -> None:
+    """Fill what lies between two lines; a gap where one of them is no number."""
+    known = np.isfinite(low) & np.isfinite(high)
+    outline: list[tuple[float, float]] = []  # to the right along low, back along high, for every part without a gap
+    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(known)) + 1):
+        if known[part].all():
+            back = part[::-1]
+            outline += [*zip(x[part], low[part], strict=True), *zip(x[back], high[back], strict=True), (np.nan, np.nan)]
+    figure.add_scatter(
+        x=[at for at, _ in outline],
+        y=[value for _, value in outline],
+        mode="lines",
+        fill="toself",
+        fillcolor=f"rgba{(*hex_to_rgb(colour), 0.2)}",
+        line={"width": 0},
+        showlegend=False,
+        hoverinfo="skip",
+        **options,
+    )
 
 
 def value_axis(values: np.ndarray, *, named: bool) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import argparse
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
@@ -45,6 +45,7 @@ from svf_lightning.report.drawing import (
     TEMPLATES,
     TIMES,
     VERMILLION,
+    Entry,
     Groups,
     Span,
     Steps,
@@ -76,12 +77,14 @@ from svf_lightning.report.drawing import (
     ticks_at,
     value_axis,
 )
+from svf_lightning.report.replay_figures import REPLAY_FIGURES
 from svf_lightning.trajectory import FILE_NAME, open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = [
+    "ALL_FIGURES",
     "FIGURES",
     "MAX_POINTS",
     "TEMPLATES",
@@ -858,14 +861,6 @@ def _number(label: object) -> float | None:
 # ---------------------------------------------------------------------------------------------- all of them
 
 
-class Entry(NamedTuple):
-    """One figure of the registry."""
-
-    draw: Callable[..., go.Figure]  # dataset -> figure; keyword options of its own
-    description: str
-    paper: str  # the figure of arXiv 2602.13524 that it mirrors
-
-
 _against_lambda = partial(
     against,
     x="lambda_attn",
@@ -890,6 +885,7 @@ FIGURES: dict[str, Entry] = {
     "by_offset": Entry(by_offset, "Alignment and singular values at every offset (rotary positions)", "appendix"),
     "cone_over_time": Entry(cone_over_time, "Singular vectors in a cone of features, over training", "appendix"),
 }
+ALL_FIGURES = {**FIGURES, **REPLAY_FIGURES}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -901,7 +897,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m svf_lightning.report.figures",
         description="Write figures of a run as PNG files: those named, or all that the run has the data for.",
-        epilog=f"Figures: {', '.join(FIGURES)}.",
+        epilog=f"Figures: {', '.join(ALL_FIGURES)}.",
     )
     parser.add_argument("source", metavar="RUN_DIR", help="run directory; with --across, a folder of them")
     parser.add_argument("target", metavar="FOLDER", help="folder for the files; with --across, the file")
@@ -911,7 +907,9 @@ def main(arguments: Sequence[str]) -> int:
         "--title", metavar="TEXT", help="with --across: what the values are; default: its folder's name"
     )
     parser.add_argument("--y", metavar="METRIC", action="append", help="with --across: what to show; can be repeated")
-    parser.add_argument("--x-axis", choices=("linear", "log"), default="linear", help="scale of the training steps")
+    parser.add_argument(
+        "--x-axis", choices=("linear", "log"), help="scale of the training steps; default: each its own"
+    )
     parser.add_argument("--scale", type=float, default=2, help="pixels of the file for each of the figure, default: 2")
     try:
         chosen = parser.parse_intermixed_args(list(arguments))
@@ -937,16 +935,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _figures_of(run_dir: Path, folder: Path, names: Sequence[str], x_axis: XAxis) -> Iterator[tuple[Path, go.Figure]]:
+def _figures_of(
+    run_dir: Path, folder: Path, names: Sequence[str], x_axis: XAxis | None
+) -> Iterator[tuple[Path, go.Figure]]:
     """The named figures of a run, or all that can be drawn, each with the file for it."""
     dataset = open_trajectory(run_dir)
-    for name in names or FIGURES:
-        if name not in FIGURES:
-            raise bad_value("figure", name, ", ".join(FIGURES), "name one of these")
+    for name in names or ALL_FIGURES:
+        if name not in ALL_FIGURES:
+            raise bad_value("figure", name, ", ".join(ALL_FIGURES), "name one of these")
         try:
-            draw = FIGURES[name].draw
+            draw = ALL_FIGURES[name].draw
             over_time = "x_axis" in inspect.signature(draw).parameters
-            figure = draw(dataset, **({"x_axis": x_axis} if over_time else {}))
+            figure = draw(dataset, **({"x_axis": x_axis} if over_time and x_axis else {}))
         except InputError as error:
             if names:
                 raise

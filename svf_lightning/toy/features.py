@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from svf_lightning.errors import bad_value
@@ -16,6 +16,7 @@ from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, p
 
 # streams of draws that never meet; part of the generator's key
 _TRAIN, _VALIDATE, _TEST, _OBSERVE = 0, 1, 2, 3
+_SEARCHED_DRAWS = 256  # for pairs with an attended feature
 
 
 def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -115,6 +116,50 @@ class ToyData(pl.LightningDataModule):
                 "n_observed", n_sequences, f"at most data.batch_size={self.batch_size}", "change --model.n_observed"
             )
         return self.draw(0, device=device, stream=_OBSERVE)[:, :n_sequences]
+
+    def attended(
+        self, pairs: Int[Tensor, "P 2"], n_attended: int, *, device: torch.device | str = "cpu"
+    ) -> tuple[Float[Tensor, "I n N"], Float[Tensor, "I n N"]]:
+        """Query-key pairs of held-out draws in which the key carries the feature that the query attends to.
+
+        Args:
+            pairs: Attended pairs (query feature, key feature).
+            n_attended: n, pairs to find; the first ones of the draws that :meth:`observed` begins with.
+            device: Where to put them.
+
+        Returns:
+            Activations of the queries, and of their keys minus the mean of the other keys [I or 1, n, N].
+
+        Raises:
+            InputError: The draws hold too few such pairs, or there are no other keys.
+        """
+        if self.context_length < 2:
+            raise bad_value(
+                "context_length", self.context_length, "at least 2, to compare keys", "raise --data.context_length"
+            )
+        query_feature, key_feature = pairs.to(device).unbind(-1)
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.draw(0, device=device).shape[0])]
+        for step in range(_SEARCHED_DRAWS):
+            f = self.draw(step, device=device, stream=_OBSERVE)
+            query, keys = f[:, :, 0], f[:, :, 1:]
+            relative = keys - (keys.sum(2, keepdim=True) - keys) / (keys.shape[2] - 1)
+            # [I, B, m]: some pair (i, j) with feature i in the query and feature j in the key
+            attends = ((query[:, :, None, query_feature] > 0) & (keys[..., key_feature] > 0)).any(-1)
+            for instance, where in enumerate(attends):
+                batch, key = where.nonzero().unbind(-1)
+                found[instance].append((query[instance, batch], relative[instance, batch, key]))
+            if all(sum(map(len, (q for q, _ in one))) >= n_attended for one in found):
+                queries, relatives = (
+                    torch.stack([torch.cat([part[side] for part in one])[:n_attended] for one in found])
+                    for side in (0, 1)
+                )
+                return queries, relatives
+        raise bad_value(
+            "n_attended",
+            n_attended,
+            f"fewer: {_SEARCHED_DRAWS} draws hold too few keys with an attended feature",
+            "lower --model.n_attended, or raise --data.feature_probability",
+        )
 
     def train_dataloader(self) -> Draws:
         """Draws from the current step on, without end."""

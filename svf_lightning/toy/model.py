@@ -67,6 +67,8 @@ class ToyAttentionModel(pl.LightningModule):
         target_position: Factor of the target logits at offset delta = 1..m, with ``rope``: "independent" (1), "decay"
             (exp(1 - delta)) or "nearest" (1 at offset 1, else 0).
         n_observed: Sequences of a fixed held-out draw whose queries and keys the probe shows to callbacks.
+        n_attended: Held-out query-key pairs whose key carries the feature that the query attends to, shown by the probe
+            for callbacks that decompose their scores.
         optimizer: "adam" or "adamw".
         learning_rate: Peak learning rate, > 0.
         weight_decay: Decoupled weight decay, >= 0; only with adamw.
@@ -100,6 +102,7 @@ class ToyAttentionModel(pl.LightningModule):
         rope_base: float = 10000.0,
         target_position: Literal["independent", "decay", "nearest"] = "independent",
         n_observed: int = 0,
+        n_attended: int = 0,
         optimizer: Literal["adam", "adamw"] = "adam",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -131,6 +134,10 @@ class ToyAttentionModel(pl.LightningModule):
             raise bad_value("d_head", H, "an even number with rope", "change --model.d_head")
         self.n_observed = at_least("n_observed", n_observed, 0, key="model.n_observed")
         self._observed: Tensor | None = None
+        self.n_attended = at_least("n_attended", n_attended, 0, key="model.n_attended")
+        self._attended: tuple[Tensor, Tensor] | None = None
+        if n_attended and (rope or not self.has_head):
+            raise bad_value("n_attended", n_attended, "0 with rope or without a head", "set --model.n_attended=0")
         per_instance("rope_base", rope_base, 1, low=1, open_low=True)
         self.rope, self.rope_base, self.target_position = rope, rope_base, target_position
         per_instance("learning_rate", learning_rate, 1, low=0, open_low=True)
@@ -262,6 +269,7 @@ class ToyAttentionModel(pl.LightningModule):
         if self._observed is not None:
             tokens = self._observed @ self.W.mT[:, None]
             queries, keys = tokens[:, :, 0], tokens[:, :, 1:]
+        attended = [None, None] if self._attended is None else [f @ self.W.mT for f in self._attended]
         W_Q: Tensor = self.W_Q
         W_K: Tensor = self.W_K
         logits = self.pair_logits
@@ -284,6 +292,8 @@ class ToyAttentionModel(pl.LightningModule):
             pair_logits=logits,
             queries=queries,
             keys=keys,
+            attended_queries=attended[0],
+            attended_keys=attended[1],
             batch_dims=batch_dims,
             feature_dims=("instance",),
             coords=self._coords,
@@ -297,6 +307,8 @@ class ToyAttentionModel(pl.LightningModule):
         self.check(self.trainer, data, stage)
         if self.n_observed and isinstance(data, ToyData):
             self._observed = data.observed(self.n_observed, device=self.device)
+        if self.n_attended and isinstance(data, ToyData):
+            self._attended = data.attended(self.pairs, self.n_attended, device=self.device)
 
     def check(self, trainer: pl.Trainer, data: object, stage: str) -> None:
         """Check that trainer and data fit the model, before anything is written.

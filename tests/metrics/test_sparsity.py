@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import haar_orthogonal, n_recon, relative_attention, rotated_contributions, sparseness
+from svf_lightning.metrics import (
+    SparseAttention,
+    haar_orthogonal,
+    measure_sparsity,
+    n_recon,
+    relative_attention,
+    sparseness,
+    top_contributor,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SETTINGS = settings(deadline=None, max_examples=40, derandomize=True)
@@ -142,34 +150,79 @@ def test_haar_matrices_have_no_preferred_direction():
     assert (A.square().mean(0) - 1 / 4).abs().max() < 0.01
 
 
-@DTYPES
-def test_the_shared_rotation_keeps_every_score(dtype):
-    query, S, keys = (
-        randn(3, 6, dtype=dtype),
-        randn(3, 6, seed=1, dtype=dtype).abs(),
-        randn(3, 5, 6, seed=2, dtype=dtype),
-    )
-    A = haar_orthogonal(6, 1, seed=0)[0]
-    got = rotated_contributions(query, S, keys, A)
-    expected = (keys @ (query * S)[..., None]).squeeze(-1)
-    torch.testing.assert_close(got.sum(-1), expected)
-    assert got.dtype == dtype
+@pytest.mark.parametrize("seed", [0, 7])
+def test_controls_equal_the_dense_change_of_basis(seed):
+    """U A and V B in place of U and V, for tokens in D dimensions; the shared rotation keeps every score."""
+    D, R, n, n_draws = 9, 4, 5, 3
+    U, V = (torch.linalg.qr(randn(2, D, R, seed=s)).Q for s in (0, 1))  # two heads
+    S, r, s = randn(2, R, seed=2).abs(), randn(n, D, seed=3), randn(n, D, seed=4)
+    direction = s @ V
+    found = measure_sparsity(r @ U, S[:, None] * direction, direction, S[:, None], n_draws=n_draws, seed=seed)
+    Omega = U @ torch.diag_embed(S) @ V.mT
+    torch.testing.assert_close(found.score, torch.einsum("nd,hde,ne->hn", r, Omega, s))
+    torch.testing.assert_close(found.sparseness, sparseness((r @ U) * S[:, None] * (s @ V)))
+    A, B = haar_orthogonal(R, 2 * n_draws, seed=seed).chunk(2)
+    for draw in range(n_draws):
+        left = r @ (U @ A[draw])
+        shared = left * (s @ (V @ torch.diag_embed(S) @ A[draw]))
+        torch.testing.assert_close(shared.sum(-1), found.score)
+        torch.testing.assert_close(found.shared[..., draw], sparseness(shared))
+        independent = left * S[:, None] * (s @ (V @ B[draw]))
+        torch.testing.assert_close(found.independent[..., draw], sparseness(independent))
+        assert not torch.allclose(independent.sum(-1), found.score)
 
 
-def test_rotations_equal_the_dense_change_of_basis():
-    """U A and V B in place of U and V, for tokens in D dimensions."""
-    D, R = 9, 4
-    U, V = (torch.linalg.qr(randn(D, R, seed=s)).Q for s in (0, 1))
-    S, r, s = randn(R, seed=2).abs(), randn(D, seed=3), randn(7, D, seed=4)
-    A, B = haar_orthogonal(R, 2, seed=5)
-    got = rotated_contributions(r @ U, S, s @ V, A, B)
-    torch.testing.assert_close(got, (r @ U @ A) * S * (s @ V @ B))
-    shared = rotated_contributions(r @ U, S, s @ V, A)
-    torch.testing.assert_close(shared, (r @ U @ A) * (s @ V @ torch.diag(S) @ A))
+def test_controls_of_a_single_contributor_are_not_sparse():
+    R, n = 32, 2
+    axis = torch.zeros(n, R, dtype=torch.float64)
+    axis[:, 5] = 1
+    found = measure_sparsity(axis, axis, axis, torch.ones(1, R, dtype=torch.float64), n_draws=500)
+    torch.testing.assert_close(found.sparseness, torch.full((n,), 1 / R, dtype=torch.float64))
+    assert (found.top_index == 5).all()
+    # squares of the entries of a random unit vector (1/3 for large R), and products of two independent ones
+    assert abs(found.shared.mean() - (R + 2) / (3 * R)) < 0.04
+    assert abs(found.independent.mean() - (2 / math.pi) ** 2) < 0.04
 
 
-def test_without_rotation_the_contributions_are_those_of_the_singular_basis():
-    query, S, keys = randn(6), randn(6, seed=1).abs(), randn(5, 6, seed=2)
-    eye = torch.eye(6)
-    for B in (None, eye):
-        torch.testing.assert_close(rotated_contributions(query, S, keys, eye, B), query * S * keys)
+def test_the_top_contributor_is_the_largest_in_the_direction_of_the_sum():
+    v = torch.tensor([[3.0, -1, 0], [1, -5, 2], [-2, -3, 4.9], [math.nan, 1, 1]])
+    assert top_contributor(v).tolist() == [0, 1, 1, -1]
+
+
+# --- accumulation over batches of prompts
+
+
+def pairs(n: int, *, heads: int = 3, R: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
+    names = ("query", "key", "direction", "S")
+    return {name: randn(heads, n, R, seed=seed + i) for i, name in enumerate(names)} | {
+        "attention": randn(heads, n, seed=seed + 9).sigmoid()
+    }
+
+
+def test_batches_accumulate_to_what_one_batch_gives():
+    whole = pairs(11)
+    parts, once = SparseAttention(4), SparseAttention(4)
+    once.update(**whole)
+    for cut in (slice(0, 4), slice(4, 5), slice(5, 11)):
+        parts.update(**{name: value[:, cut] for name, value in whole.items()})
+    for name, one, many in zip(once.compute()._fields, once.compute(), parts.compute(), strict=True):
+        torch.testing.assert_close(one, many, msg=name)
+    assert once.compute().n_recon.shape == (3, 11)
+    assert once.compute().shared_draws.shape == (3, 4)
+
+
+def test_the_metric_forgets_on_reset_and_does_not_touch_the_global_generator():
+    metric = SparseAttention()
+    state = torch.get_rng_state()
+    metric.update(**pairs(5))
+    metric.reset()
+    metric.update(**pairs(2, seed=20))
+    assert metric.compute().sparseness.shape == (3, 2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_no_pairs_and_no_draws_are_input_errors():
+    with pytest.raises(InputError, match="no pairs"):
+        SparseAttention().compute()
+    with pytest.raises(InputError, match="n_draws"):
+        SparseAttention(0)

@@ -1,0 +1,152 @@
+"""CausalAblation: do the sparse contributions matter to the model?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
+from svf_lightning.errors import bad_value
+from svf_lightning.probe import Intervene, Probe
+
+KINDS = ("top", "random", "spectrum")
+_Z = 1.96  # of a 95 % interval of a mean
+
+
+class _Part(NamedTuple):
+    """One part of a step's query-key pairs, with its heads flattened."""
+
+    contributions: Tensor  # [heads, pair, R], relative
+    attention: Tensor  # [heads, pair]
+    logit_difference: Tensor  # [pair]
+    intervene: Intervene
+    head_shape: tuple[int, ...]
+
+
+class CausalAblation(ProbeMetric):
+    """Takes n contributions off the score that the task's heads give the attended key, and runs the model again.
+
+    Beyond the paper (method, section 6). The task's heads are the ``n_task_heads`` with most attention on the key; the
+    contributions, relative to the other keys, are removed in all of them at once, before the softmax. Which n of them:
+    "top", those that contribute most; "random", n others at random; "spectrum", those of the n largest singular values.
+
+    Per step, for n in ``report``, with KIND one of the three:
+        causal/KIND/attention/n: change of the attention weight on the key, mean over heads and pairs;
+        causal/KIND/logit_difference/n: change of the logit difference, mean over pairs;
+        causal/top_vs_random/logit_difference/n, causal/top_vs_spectrum/logit_difference/n: mean difference between the
+        two changes, pair by pair, with its 95 % confidence interval over pairs (``_low``, ``_high``).
+
+    Arrays: causal/attention, causal/logit_difference [n_removed, kind, pair] and causal/layer_head [task_head].
+
+    Args:
+        n_removed: Largest number of contributions to remove; 1 to this are all measured.
+        report: For which of them numbers are logged.
+        n_task_heads: Heads that count as the task's.
+        n_pairs: At most so many query-key pairs are used.
+        seed: Seed of the random choices, which come from a generator of their own.
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    def __init__(
+        self,
+        n_removed: int = 8,
+        report: tuple[int, ...] = (1, 2, 4, 8),
+        n_task_heads: int = 3,
+        n_pairs: int = 128,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("n_removed", n_removed), ("n_task_heads", n_task_heads), ("n_pairs", n_pairs)):
+            if value < 1:
+                raise bad_value(name, value, "an integer >= 1", "change the CausalAblation callback")
+        self.n_removed, self.n_task_heads, self.n_pairs, self.seed = n_removed, n_task_heads, n_pairs, seed
+        self.report = tuple(n for n in report if 1 <= n <= n_removed)
+        if not self.report:
+            raise bad_value("report", report, f"numbers in 1..{n_removed}", "change the CausalAblation callback")
+        self._parts: list[_Part] = []
+
+    def observe(self, probe: Probe) -> None:
+        """Keep one part of the pairs, as the task's heads are known only when all parts were seen."""
+        scores = probe.scores
+        if scores is None or probe.intervene is None or scores.attention is None or scores.logit_difference is None:
+            return
+        if sum(part.attention.shape[1] for part in self._parts) >= self.n_pairs:
+            return
+        contributions = scores.contributions
+        self._parts.append(
+            _Part(
+                contributions.flatten(0, -3),
+                scores.attention.flatten(0, -2),
+                scores.logit_difference,
+                probe.intervene,
+                tuple(contributions.shape[:-2]),
+            )
+        )
+
+    def measure(self, probe: Probe) -> Measurement:
+        """See the class for the names; nothing for a module that cannot be run again."""
+        if not self._parts:
+            return {}
+        parts, self._parts = self._parts, []
+        attention = torch.cat([part.attention for part in parts], dim=1).nanmean(1)
+        heads = attention.topk(min(self.n_task_heads, len(attention))).indices
+        generator = torch.Generator().manual_seed(self.seed)
+        changes = [self._remove(part, heads, generator) for part in parts]
+        on_key, difference = (torch.cat([change[i] for change in changes], dim=-1) for i in (0, 1))
+        found: dict[str, Tensor | Measured] = {}
+        for n in self.report:
+            for i, kind in enumerate(KINDS):
+                found[f"causal/{kind}/attention/{n}"] = on_key[n - 1, i].mean()
+                found[f"causal/{kind}/logit_difference/{n}"] = difference[n - 1, i].mean()
+            for i, kind in enumerate(KINDS[1:], start=1):
+                paired = difference[n - 1, 0] - difference[n - 1, i]
+                mean, half = paired.mean(), _Z * paired.std() / len(paired) ** 0.5
+                name = f"causal/top_vs_{kind}/logit_difference"
+                found |= {f"{name}/{n}": mean, f"{name}_low/{n}": mean - half, f"{name}_high/{n}": mean + half}
+        dims = ("n_removed", "kind", "pair")
+        return {
+            **{name: Measured(value[None], (), ()) for name, value in found.items() if isinstance(value, Tensor)},
+            "causal/attention": Measured(on_key[None], dims, ()),
+            "causal/logit_difference": Measured(difference[None], dims, ()),
+            "causal/layer_head": Measured(heads[None].to(torch.int32), ("causal_head",), ()),
+        }
+
+    def _remove(self, part: _Part, heads: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Changes of the attention on the key (mean over heads) and of the logit difference [n_removed, kind, pair]."""
+        own = part.contributions[heads].nan_to_num()  # a head that does not see the key has nothing to remove
+        on_key, difference = [], []
+        for n in range(1, self.n_removed + 1):
+            for kind in KINDS:
+                removed = torch.zeros_like(part.attention)
+                removed[heads] = own.gather(-1, chosen(own, n, kind, generator)).sum(-1)
+                outcome = part.intervene(removed.view(*part.head_shape, -1))
+                change = outcome.attention.flatten(0, -2)[heads] - part.attention[heads]
+                on_key.append(change.mean(0))
+                difference.append(outcome.logit_difference - part.logit_difference)
+        shape = (self.n_removed, len(KINDS), -1)
+        return torch.stack(on_key).view(shape), torch.stack(difference).view(shape)
+
+
+def chosen(contributions: Tensor, n: int, kind: str, generator: torch.Generator) -> Tensor:
+    """Indices of n singular pairs for each head and query-key pair [..., n].
+
+    Args:
+        contributions: [..., R], in the order of descending singular values.
+        n: How many; at most R.
+        kind: "top": the largest in the direction of their sum; "random": n of the others, or of all if there are not
+            enough others; "spectrum": the first n.
+        generator: For the random choice; on the CPU.
+    """
+    n = min(n, contributions.shape[-1])
+    if kind == "spectrum":
+        return torch.arange(n, device=contributions.device).expand(*contributions.shape[:-1], n)
+    towards = torch.where(contributions.sum(-1, keepdim=True) < 0, -contributions, contributions)
+    order = towards.argsort(-1, descending=True)
+    if kind == "top":
+        return order[..., :n]
+    others = order[..., n:] if order.shape[-1] >= 2 * n else order
+    draw = torch.rand(others.shape, generator=generator).to(others.device).argsort(-1)[..., :n]
+    return others.gather(-1, draw)

@@ -1,0 +1,32 @@
+"""What evaluates: checkpoints of real language models, replayed through the callbacks that measure the toy model."""
+
+from svf_lightning.replay.checkpoints import (
+    CheckpointError,
+    CheckpointSource,
+    FolderCheckpoints,
+    GGUFCheckpoint,
+    HubCheckpoints,
+    ModelCheckpoints,
+)
+from svf_lightning.replay.data import ReplayData
+from svf_lightning.replay.decompose import HeadSpace, decompose_attention
+from svf_lightning.replay.model import CheckpointReplay
+from svf_lightning.replay.prompts import Prompt, ioi_prompts, read_prompts
+from svf_lightning.replay.tiny_suite import TinySuite
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointReplay",
+    "CheckpointSource",
+    "FolderCheckpoints",
+    "GGUFCheckpoint",
+    "HeadSpace",
+    "HubCheckpoints",
+    "ModelCheckpoints",
+    "Prompt",
+    "ReplayData",
+    "TinySuite",
+    "decompose_attention",
+    "ioi_prompts",
+    "read_prompts",
+]

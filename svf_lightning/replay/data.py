@@ -1,0 +1,134 @@
+"""What a replay looks at: checkpoints, and the prompts that each of them is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from svf_lightning.errors import InputError, bad_value
+from svf_lightning.replay.checkpoints import CheckpointRef, CheckpointSource
+from svf_lightning.replay.ledger import Ledger
+from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, ioi_prompts, read_prompts
+
+IOI = "ioi"
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """One batch of prompts for one checkpoint.
+
+    Args:
+        ref: The checkpoint.
+        upcoming: The one after it, to be fetched meanwhile; None for the last.
+        part: (i, n): the i-th of the checkpoint's n batches.
+        prompts: The prompts.
+    """
+
+    ref: CheckpointRef
+    upcoming: CheckpointRef | None
+    part: tuple[int, int]
+    prompts: PromptBatch
+
+
+class ReplayData(pl.LightningDataModule):
+    """Checkpoints of one model and the prompts to run them on.
+
+    Checkpoints that the run directory holds already are left out. Several devices take turns: device d of n measures
+    the checkpoints d, d + n, d + 2n, ...
+
+    Args:
+        source: Where the checkpoints come from.
+        prompts: "ioi" (indirect object identification; Wang et al. 2022), or a .jsonl or .csv file with the fields
+            text, query, key, correct, wrong.
+        n_prompts: Number of IOI prompts.
+        batch_size: Prompts that go through the model together.
+        seed: Seed of the IOI prompts.
+        prepend_bos: Begin prompts with the beginning-of-sequence token; null: as the tokenizer does.
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        prompts: str = IOI,
+        n_prompts: int = 128,
+        batch_size: int = 32,
+        seed: int = 0,
+        prepend_bos: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("n_prompts", n_prompts), ("batch_size", batch_size)):
+            if value < 1:
+                raise bad_value(name, value, "an integer >= 1", f"change --data.{name}")
+        self.source, self.prompts_from = source, prompts
+        self.n_prompts, self.batch_size, self.seed, self.prepend_bos = n_prompts, batch_size, seed, prepend_bos
+        self._prompts: list[Prompt] | None = None
+        self._refs: list[CheckpointRef] | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, those with the same offset from query to key together, as they share singular bases.
+
+        Raises:
+            InputError: The prompts do not fit the tokenizer, or the file cannot be read.
+        """
+        if self._prompts is None:
+            tokenizer = self.source.tokenizer()
+            if self.prompts_from == IOI:
+                found = ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
+            else:
+                found = read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
+            lonely = next((p for p in found if p.query < 1), None)
+            if lonely is not None:
+                raise InputError(
+                    f"the prompt {lonely.text!r} has its query at the first token, which sees no other key. "
+                    "Allowed: a query at a later token. Fix: change the prompt, or its query."
+                )
+            self._prompts = sorted(found, key=lambda p: (p.key - p.query, p.query))
+        return self._prompts
+
+    @property
+    def refs(self) -> list[CheckpointRef]:
+        """All checkpoints of the source, by step."""
+        if self._refs is None:
+            self._refs = self.source.refs()
+        return self._refs
+
+    def missing(self, run_dir: str | Path) -> list[CheckpointRef]:
+        """Checkpoints that a run directory has no row of."""
+        return Ledger(run_dir).missing(self.refs)
+
+    def test_dataloader(self) -> _Batches:
+        """Batches of the checkpoints that are missing in the run directory, for this device."""
+        trainer = self.trainer
+        assert trainer is not None
+        missing = self.missing(trainer.default_root_dir)
+        return _Batches(missing[trainer.global_rank :: trainer.world_size], self.prompts, self.batch_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the prompts."""
+        return ReplayBatch(batch.ref, batch.upcoming, batch.part, batch.prompts.to(device))
+
+
+class _Batches:
+    """Iterable over all batches of all checkpoints; its length is known, so nothing is fetched ahead of its turn."""
+
+    def __init__(self, refs: list[CheckpointRef], prompts: list[Prompt], batch_size: int) -> None:
+        self._refs = refs
+        self._batches = batches(prompts, batch_size)
+
+    def __iter__(self) -> Iterator[ReplayBatch]:
+        n = len(self._batches)
+        for ref, upcoming in zip(self._refs, [*self._refs[1:], None], strict=True):
+            for i, prompts in enumerate(self._batches):
+                yield ReplayBatch(ref, upcoming, (i, n), prompts)
+
+    def __len__(self) -> int:
+        return len(self._refs) * len(self._batches)

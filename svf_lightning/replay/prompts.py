@@ -1,0 +1,565 @@
+"""Prompts whose asking token, attended token and right answer are known, for measuring attention heads.
+
+The built-in ones are of indirect object identification (IOI; Wang et al. 2022, arXiv 2211.00593): after "When Mary and
+John went to the store, John gave a drink to", the next token is " Mary", the indirect object (IO), and not " John", the
+subject (S). The last token asks, and heads that move the name attend to the token of IO.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from svf_lightning.errors import InputError, bad_value, closest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Each of them is a single token after a space for GPT-2 and SmolLM2. The objects follow "a", not "an".
+_NAMES = (
+    "Aaron Adam Alice Amanda Amy Andrew Angela Anna Anthony Arthur Ashley Benjamin Brian Carl Caroline Charles Chris "
+    "Christine Claire Daniel David Diana Edward Elizabeth Emily Emma Eric Frank George Helen Henry Jack Jacob James "
+    "Jane Jason Jeff Jennifer Jessica Joe John Jonathan Joseph Joshua Julia Justin Karen Kate Kevin Laura Linda Lisa "
+    "Lucy Margaret Maria Martin Mary Matthew Michael Michelle Nancy Nicholas Oliver Patrick Paul Peter Rachel Rebecca "
+    "Richard Robert Ruth Ryan Samuel Sarah Simon Stephen Steven Susan Thomas Victoria Walter William"
+)
+_PLACES = (
+    "airport bank beach castle church cinema factory farm garden harbor hospital hotel house library market museum "
+    "office park restaurant school station store studio theater"
+)
+_OBJECTS = (
+    "bag ball basket book bottle box camera card coat coin computer cup drink flower guitar hat jacket key lamp letter "
+    "map necklace newspaper phone photo ring sandwich snack stone ticket toy watch"
+)
+NAMES = tuple(_NAMES.split())
+PLACES = tuple(_PLACES.split())
+OBJECTS = tuple(_OBJECTS.split())
+
+# Each has one place and one object, so every template allows equally many sentences. Names follow a space and stand
+# before one, so they are the same token at every mention.
+TEMPLATES = (
+    "When {A} and {B} went to the {place}, {S} gave a {object} to",
+    "Then, {A} and {B} went to the {place}, and {S} gave a {object} to",
+    "After {A} and {B} had a long talk at the {place}, {S} decided to give a {object} to",
+    "While {A} and {B} were working at the {place}, {S} handed a {object} to",
+    "Yesterday {A} met {B} near the {place}, where {S} showed a {object} to",
+    "The {place} was quiet when {A} and {B} arrived, and soon {S} passed a {object} to",
+    "As soon as {A} and {B} got to the {place}, {S} offered a {object} to",
+    "At the {place} there was a {object} that {A} and {B} liked, so {S} handed it to",
+    "Because {A} and {B} had found a {object} near the {place}, {S} showed it to",
+    "Last week, when {A} was walking with {B} to the {place}, {S} sold a {object} to",
+    "On a cold morning {A} saw {B} outside the {place} and {S} brought a {object} to",
+    "There was a {object} for sale at the {place}, and {A} and {B} looked at it until {S} bought it and gave it to",
+    "Before {A} and {B} left the {place}, {S} wanted to give a {object} to",
+    "It was late, but {A} stayed with {B} at the {place}, and in the end {S} sent out for a {object} and gave it to",
+    "Last summer {A} and {B} bought a {object} near the {place}. At the end of the trip {S} gave it to",
+    "Everyone at the {place} knew that {A} and {B} were friends, so nobody was surprised when {S} gave a {object} to",
+)
+
+_OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
+_FIELDS = ("text", "query", "key", "correct", "wrong")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, the two positions that an attention head connects, and the two next tokens to tell apart.
+
+    Args:
+        text: The text as it was tokenized.
+        tokens: Token ids, special tokens included.
+        query: Position of the asking token, in 0..len(tokens) - 1.
+        key: Position of the attended token, in 0..query.
+        correct: Id of the right next token.
+        wrong: Id of the wrong next token.
+        subjects: IOI only: positions of both mentions of S.
+
+    Raises:
+        InputError: The positions are out of range, or the key comes after the query.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    query: int
+    key: int
+    correct: int
+    wrong: int
+    subjects: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.key <= self.query < len(self.tokens):
+            raise bad_value(
+                "(key, query)",
+                (self.key, self.query),
+                f"0 <= key <= query <= {len(self.tokens) - 1}",
+                "count positions from 0, special tokens included; a causal model sees no later token",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts of one batch, int64, padded on the right: a causal model's query never sees what comes after it.
+
+    Args:
+        tokens: Token ids; n is the length of the batch's longest prompt.
+        query: Positions of the asking tokens.
+        key: Positions of the attended tokens.
+        correct: Ids of the right next tokens.
+        wrong: Ids of the wrong next tokens.
+    """
+
+    tokens: Int[Tensor, "batch n"]
+    query: Int[Tensor, "batch"]
+    key: Int[Tensor, "batch"]
+    correct: Int[Tensor, "batch"]
+    wrong: Int[Tensor, "batch"]
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """The same batch on another device."""
+        return PromptBatch(
+            tokens=self.tokens.to(device),
+            query=self.query.to(device),
+            key=self.key.to(device),
+            correct=self.correct.to(device),
+            wrong=self.wrong.to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class IOISentence(NamedTuple):
+    """An IOI sentence without its last word, which is ``io``.
+
+    ``template`` is an index into ``TEMPLATES``. ``order`` is "ABBA" if IO is named first (Mary and John ... John gave
+    it to), "BABA" if S is (John and Mary ... John gave it to).
+    """
+
+    text: str
+    io: str
+    s: str
+    template: int
+    order: Literal["ABBA", "BABA"]
+
+
+# --- text
+
+
+def ioi_sentences(
+    n: int,
+    *,
+    seed: int,
+    names: Sequence[str] = NAMES,
+    places: Sequence[str] = PLACES,
+    objects: Sequence[str] = OBJECTS,
+) -> list[IOISentence]:
+    """Distinct IOI sentences, balanced over templates and name orders.
+
+    Among the first m of them, for every m, the counts of two templates differ by at most one, and so do those of the
+    two orders and those of two pairs of template and order. Draws from a generator of its own.
+
+    Args:
+        n: Number of sentences, >= 1.
+        seed: Seed of the draws, >= 0.
+        names: First names, at least two.
+        places: What fits in "went to the ...".
+        objects: What fits in "gave a ... to".
+
+    Returns:
+        n sentences. For the same word lists, n and seed always the same.
+
+    Raises:
+        InputError: A word list is too short or names a word twice, or allows fewer than n distinct sentences.
+    """
+    for label, words, least in (("names", names, 2), ("places", places, 1), ("objects", objects, 1)):
+        if len(words) < least or len(set(words)) < len(words):
+            raise bad_value(label, list(words), f"at least {least} distinct words", "add words, and each one once")
+    if seed < 0:
+        raise bad_value("seed", seed, "an integer >= 0", "choose another seed")
+    n_templates, n_choices = len(TEMPLATES), _n_choices(names, places, objects)
+    most = 2 * n_templates * n_choices
+    if not 1 <= n <= most:
+        raise bad_value("n", n, f"1..{most} from these word lists", "ask for fewer, or add words")
+
+    rng = np.random.default_rng(seed)
+    rounds = -(-n // (2 * n_templates))
+    shuffled = rng.permuted(np.tile(np.arange(n_templates), (rounds, 1)), axis=1)
+    template = np.concatenate([shuffled, shuffled], axis=1).ravel()[:n]
+    half, step = np.divmod(np.arange(n), n_templates)
+    order = (half + step) % 2  # the second half of a round gives each template its other order
+
+    choice = np.empty(n, dtype=np.int64)
+    for cell in range(2 * n_templates):
+        rows = np.flatnonzero(2 * template + order == cell)
+        choice[rows] = rng.choice(n_choices, len(rows), replace=False)  # no choice twice: no sentence twice
+    choice, i_object = np.divmod(choice, len(objects))
+    choice, i_place = np.divmod(choice, len(places))
+    i_io, i_s = np.divmod(choice, len(names) - 1)
+    i_s += i_s >= i_io  # any name but IO
+
+    sentences = []
+    for t, swapped, a, b, p, o in zip(
+        template.tolist(), order.tolist(), i_io.tolist(), i_s.tolist(), i_place.tolist(), i_object.tolist(), strict=True
+    ):
+        io_name, s_name = names[a], names[b]
+        first, second = (s_name, io_name) if swapped else (io_name, s_name)
+        text = TEMPLATES[t].format(A=first, B=second, S=s_name, place=places[p], object=objects[o])
+        sentences.append(IOISentence(text, io_name, s_name, t, "BABA" if swapped else "ABBA"))
+    return sentences
+
+
+def _n_choices(names: Sequence[str], places: Sequence[str], objects: Sequence[str]) -> int:
+    """Number of sentences that one template allows in one order."""
+    return len(names) * (len(names) - 1) * len(places) * len(objects)
+
+
+def ioi_prompts(
+    tokenizer: PreTrainedTokenizerBase, n_prompts: int = 128, *, seed: int = 0, prepend_bos: bool | None = None
+) -> list[Prompt]:
+    """Distinct IOI prompts of names, places and objects that are single tokens for this tokenizer.
+
+    The query is the last token of the text, the key is IO's token, ``correct`` is IO and ``wrong`` is S. Balanced over
+    templates and orders as `ioi_sentences`.
+
+    Args:
+        tokenizer: A fast tokenizer, which can tell the characters of each token.
+        n_prompts: Number of prompts, >= 1.
+        seed: Seed of the draws, >= 0.
+        prepend_bos: None to tokenize as the tokenizer does, True to make sure that the first token is BOS (EOS for a
+            tokenizer without one), False for no special tokens.
+
+    Returns:
+        n_prompts prompts. For the same tokenizer, n_prompts and seed always the same.
+
+    Raises:
+        InputError: Too few words are single tokens for n_prompts distinct prompts, the tokenizer is not a fast one, or
+            it has neither BOS nor EOS to prepend.
+    """
+    if n_prompts < 1:
+        raise bad_value("n_prompts", n_prompts, "an integer >= 1", "ask for at least one prompt")
+    words = _single_tokens(tokenizer, n_prompts)
+    sentences = ioi_sentences(n_prompts, seed=seed, **words)
+    encodings = _encode(tokenizer, [sentence.text for sentence in sentences], prepend_bos)
+    return [_ioi_prompt(tokenizer, *pair) for pair in zip(sentences, encodings, strict=True)]
+
+
+def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: _Encoding) -> Prompt:
+    """The prompt of a sentence, with every position and answer checked in this very text."""
+    text = sentence.text
+    found: dict[str, list[int]] = {}
+    answers: dict[str, int] = {}
+    for name in (sentence.io, sentence.s):
+        spans = _spans(text, name)
+        positions = [at for at, _ in (_token_at(tokenizer, encoding, text, span) for span in spans) if at is not None]
+        answer, _ = _answer(tokenizer, text, name)
+        if answer is None or len(positions) < len(spans):  # a tokenizer that merges a name with the words around it
+            raise bad_value("prompt", text, f"{name!r} is one token wherever it occurs", _OWN_PROMPTS)
+        found[name], answers[name] = positions, answer
+    (key,), subjects = found[sentence.io], tuple(found[sentence.s])
+    correct, wrong = answers[sentence.io], answers[sentence.s]
+    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects)
+
+
+def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[str, list[str]]:
+    """The names, places and objects that are single tokens, if they are enough for n_prompts distinct prompts."""
+    candidates = {"names": NAMES, "places": PLACES, "objects": OBJECTS}
+    kept: dict[str, list[str]] = {}
+    examples: dict[str, str] = {}
+    for label, words in candidates.items():
+        texts = [f"Then the {word} and" for word in words]
+        kept[label] = []
+        for word, text, encoding in zip(words, texts, _encode(tokenizer, texts, False), strict=True):
+            at, pieces = _token_at(tokenizer, encoding, text, (9, 9 + len(word)))
+            if at is not None and label == "names":  # a name is an answer as well
+                at, pieces = _answer(tokenizer, "Then the drink went to", word)
+            if at is not None:
+                kept[label].append(word)
+            else:
+                examples.setdefault(label, f"{word!r} becomes {pieces}")
+    most = 2 * len(TEMPLATES) * _n_choices(**kept)
+    if n_prompts > most:
+        counts = ", ".join(f"{len(kept[label])} of {len(words)} {label}" for label, words in candidates.items())
+        raise InputError(
+            f"n_prompts={n_prompts} is more than this tokenizer allows: {counts} are single tokens"
+            + (f" ({'; '.join(examples.values())})" if examples else "")
+            + ", and at least 2 names, 1 place and 1 object must be. Allowed: "
+            + (f"1..{most} distinct prompts. Fix: ask for fewer, or " if most else "no IOI prompt at all. Fix: ")
+            + f"{_OWN_PROMPTS}."
+        )
+    return kept
+
+
+# --- files
+
+
+def read_prompts(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool | None = None
+) -> list[Prompt]:
+    """Prompts from a file: .jsonl with one object a line, or .csv with a header.
+
+    Fields of a prompt:
+
+    - ``text``: what the model reads, without the answer and without a space at the end.
+    - ``query``: the asking token; empty or left out for the last token of the text.
+    - ``key``: the attended token, not after the query.
+    - ``correct``, ``wrong``: the two next words, each a single token after the text and a space; the space may be
+      written or not.
+
+    ``query`` and ``key`` are positions, counted from 0 with special tokens included, negative ones from the end; or the
+    word meant, if it occurs once in the text, as one token. In a .csv file, whole numbers are positions.
+
+    Args:
+        path: The file, UTF-8.
+        tokenizer: A fast tokenizer, which can tell the characters of each token.
+        prepend_bos: As for `ioi_prompts`.
+
+    Returns:
+        The prompts, in the order of the file.
+
+    Raises:
+        InputError: The file or a line of it cannot be used; the message names both.
+    """
+    path = Path(path)
+    rows = list(_rows(path))
+    if not rows:
+        raise bad_value(str(path), "no prompt", "at least one", "write one prompt a line")
+    return [_read_prompt(f"{path}, line {line}", row, tokenizer, prepend_bos) for line, row in rows]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of the first line, and the fields, of each prompt in a file."""
+    if path.suffix not in (".jsonl", ".csv"):
+        raise bad_value("prompts", str(path), "a .jsonl or .csv file", "rename or convert the file")
+    if not path.is_file():
+        raise bad_value("prompts", str(path), "a file that exists", "check the path")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad_value("prompts", str(path), f"readable UTF-8 text ({error})", "save the file as UTF-8") from error
+    return _csv_rows(path, content) if path.suffix == ".csv" else _jsonl_rows(path, content)
+
+
+def _jsonl_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, raw in enumerate(content.split("\n"), 1):
+        if not raw.strip():
+            continue
+        where = f"{path}, line {line}"
+        try:
+            row = json.loads(raw)
+        except ValueError as error:
+            raise bad_value(where, raw, f"one JSON object a line ({error})", "correct or delete the line") from error
+        if not isinstance(row, dict):
+            raise bad_value(where, raw, "one JSON object a line", 'write {"text": ..., "key": ...}')
+        _check_fields(where, row)
+        yield line, row
+
+
+def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    header: list[str] = []
+    end = 0
+    while True:
+        where = f"{path}, line {end + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise bad_value(where, str(error), "CSV with quotes that close", "correct the line") from error
+        line, end = end + 1, reader.line_num
+        if cells is None:
+            return
+        if not any(cells):
+            continue
+        if not header:
+            header = [cell.strip() for cell in cells]
+            _check_fields(where, header)
+            continue
+        if len(cells) != len(header):
+            fix = "put texts with a comma in quotes, and leave empty cells in"
+            raise bad_value(f"{where}: cells", len(cells), f"{len(header)}, as in the header", fix)
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        for field in {"query", "key"} & set(header):
+            if re.fullmatch(r"\s*[+-]?[0-9]+\s*", row[field]):
+                row[field] = int(row[field])
+        yield line, row
+
+
+def _check_fields(where: str, fields: Iterable[str]) -> None:
+    fields = list(fields)
+    allowed = ", ".join(_FIELDS) + " (query may be left out)"
+    for field in fields:
+        if field not in _FIELDS or fields.count(field) > 1:
+            fix = closest(field, set(_FIELDS) - set(fields)) or "delete it"
+            raise bad_value(f"{where}: field", field, f"{allowed}, each once", fix)
+    missing = [field for field in _FIELDS if field not in fields and field != "query"]
+    if missing:
+        raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
+
+
+def _read_prompt(
+    where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None
+) -> Prompt:
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip() or text != text.rstrip():
+        fix = "write the text up to the word before the answer"
+        raise bad_value(f"{where}: text", text, "words, without a space at the end", fix)
+    (encoding,) = _encode(tokenizer, [text], prepend_bos)
+    given = row.get("query")
+    query = encoding.query if given in (None, "") else _position(f"{where}: query", given, tokenizer, encoding, text)
+    key = _position(f"{where}: key", row["key"], tokenizer, encoding, text)
+    if key > query:
+        fix = "choose an earlier key or a later query; a causal model sees no later token"
+        raise bad_value(f"{where}: key", row["key"], f"a token up to the query, at {query} (the key is at {key})", fix)
+    answers = []
+    for field in ("correct", "wrong"):
+        word = row[field]
+        if not isinstance(word, str) or not word.strip():
+            raise bad_value(f"{where}: {field}", word, "a word that may follow the text", "write the word")
+        answer, pieces = _answer(tokenizer, text, word.strip())
+        if answer is None:
+            allowed = f"a word that is one token after the text and a space (this one becomes {pieces})"
+            raise bad_value(f"{where}: {field}", word, allowed, "choose another word")
+        answers.append(answer)
+    if answers[0] == answers[1]:
+        raise bad_value(f"{where}: wrong", row["wrong"], "another token than correct", "choose another word")
+    return Prompt(text, encoding.ids, query, key, answers[0], answers[1])
+
+
+def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str) -> int:
+    """The position that a file gives as a number or as a word."""
+    n = len(encoding.ids)
+    if isinstance(given, int) and not isinstance(given, bool):
+        position = given + n if given < 0 else given
+        if not 0 <= position <= encoding.query:  # a token that the tokenizer puts after the text is no part of it
+            allowed = f"0..{encoding.query}, or {-n}..{encoding.query - n} from the end, special tokens included"
+            raise bad_value(where, given, allowed, "correct the position, or give the word")
+        return position
+    if not isinstance(given, str) or not given.strip():
+        raise bad_value(where, given, "the position of a token, or a word of the text", "give one of them")
+    spans = _spans(text, given.strip())
+    if len(spans) != 1:
+        allowed = f"a word that occurs once in {text!r} (this one occurs {len(spans)} times)"
+        raise bad_value(where, given, allowed, "give the position of the token" if spans else "correct the word")
+    found, pieces = _token_at(tokenizer, encoding, text, spans[0])
+    if found is None:
+        allowed = f"a word that is one token (this one is in {pieces})"
+        raise bad_value(where, given, allowed, "give the position of one of the tokens, or choose another word")
+    return found
+
+
+# --- batches
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int, *, pad: int = 0) -> list[PromptBatch]:
+    """Prompts in batches, in the given order, each padded on the right to its own longest prompt.
+
+    Args:
+        prompts: At least one.
+        batch_size: Most prompts in a batch, >= 1; the last batch may hold fewer.
+        pad: Token id to pad with; no query sees it.
+
+    Raises:
+        InputError: There is no prompt, or batch_size < 1.
+    """
+    if batch_size < 1:
+        raise bad_value("batch_size", batch_size, "an integer >= 1", "choose a larger one")
+    if not prompts:
+        raise bad_value("prompts", [], "at least one prompt", "pass prompts of `ioi_prompts` or `read_prompts`")
+    return [_batch(prompts[start : start + batch_size], pad) for start in range(0, len(prompts), batch_size)]
+
+
+def _batch(prompts: Sequence[Prompt], pad: int) -> PromptBatch:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    return PromptBatch(
+        tokens=torch.tensor([[*prompt.tokens, *[pad] * (longest - len(prompt.tokens))] for prompt in prompts]),
+        query=torch.tensor([prompt.query for prompt in prompts]),
+        key=torch.tensor([prompt.key for prompt in prompts]),
+        correct=torch.tensor([prompt.correct for prompt in prompts]),
+        wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+    )
+
+
+# --- tokens and the characters they cover
+
+
+class _Encoding(NamedTuple):
+    """Token ids; the characters [start, end) of each without white space, (0, 0) for added ones; the text's last."""
+
+    ids: tuple[int, ...]
+    spans: list[tuple[int, int]]
+    query: int
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], prepend_bos: bool | None) -> list[_Encoding]:
+    if not getattr(tokenizer, "is_fast", False):
+        fix = "load the tokenizer with transformers.AutoTokenizer"
+        allowed = "a fast tokenizer, which can tell the characters of each token"
+        raise bad_value("tokenizer", type(tokenizer).__name__, allowed, fix)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prepend_bos and bos is None:
+        allowed = "None or False, for a tokenizer that has neither a BOS nor an EOS token"
+        raise bad_value("prepend_bos", prepend_bos, allowed, "leave prepend_bos out, or set tokenizer.bos_token")
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=prepend_bos is not False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    encodings = []
+    for text, ids, offsets, added in zip(
+        texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+    ):
+        spans = [_trim(text, *offset) for offset in offsets]
+        query = max((i for i, add in enumerate(added) if not add), default=-1)
+        if prepend_bos and ids[:1] != [bos]:
+            ids, spans, query = [bos, *ids], [(0, 0), *spans], query + 1
+        encodings.append(_Encoding(tuple(ids), spans, query))
+    return encodings
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without white space at either side; some tokenizers count the space before a word, some do not."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())
+
+
+def _spans(text: str, word: str) -> list[tuple[int, int]]:
+    """Where a word occurs in a text; inside other words only if it occurs nowhere by itself."""
+    left, right = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w\Z", word) else "")
+    for pattern in (left + re.escape(word) + right, re.escape(word)):
+        if found := [match.span() for match in re.finditer(pattern, text)]:
+            return found
+    return []
+
+
+def _token_at(
+    tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str, span: tuple[int, int]
+) -> tuple[int | None, list[str]]:
+    """The position of the one token that is these characters, if there is one; and the tokens that they are in.
+
+    A token that decodes to something else, as an unknown one, does not count. Upper and lower case do not matter: some
+    tokenizers know one case only.
+    """
+    start, end = span
+    touched = [i for i, (first, after) in enumerate(encoding.spans) if first < end and start < after]
+    pieces = [str(tokenizer.decode([encoding.ids[i]])) for i in touched]
+    same = [piece.strip().casefold() for piece in pieces] == [text[start:end].casefold()]
+    return (touched[0] if same else None), pieces
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> tuple[int | None, list[str]]:
+    """The id of the one token by which a word after a space continues a text, if it is one; and the word's tokens."""
+    continued = f"{text} {word}"
+    before, after = _encode(tokenizer, [text, continued], False)
+    at, pieces = _token_at(tokenizer, after, continued, (len(text) + 1, len(continued)))
+    return (after.ids[-1] if at is not None and after.ids[:-1] == before.ids else None), pieces

@@ -1,0 +1,486 @@
+"""A small suite of checkpoints to replay with no network: a GPT-NeoX model that learns indirect object identification.
+
+Pythia in small: the same architecture (GPT-NeoX with partial rotary positions, parallel blocks, biases and untied
+embeddings) and early steps, in Hugging Face format, trained on sentences such as "When Mary and John went to the store,
+John gave a drink to Mary." in about a minute on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from svf_lightning.errors import DivergedError, InputError, bad_value
+from svf_lightning.replay.prompts import NAMES, OBJECTS, PLACES, TEMPLATES, ioi_sentences
+from svf_lightning.run_dir import versions, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SUITE = "suite.json"
+EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
+N_POSITIONS = 128  # longest input, in tokens; the sentences have at most 31
+
+# streams of draws that never meet; part of the key
+_INITIAL, _SENTENCES, _BEGINNINGS = 0, 1, 2
+_ROTARY = 0.25  # share of a head's dimensions that rotate, as in Pythia
+_HELD_OUT = 8  # one pair of names in so many is never trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """What decides the weights of a suite, on one machine with one number of threads.
+
+    Args:
+        max_steps: Optimizer steps, >= 1.
+        n_layers: Layers, >= 1.
+        d_model: Width of the residual stream, n_heads times a multiple of 8 (a quarter of d_head rotates, in pairs).
+        n_heads: Heads per layer, >= 1.
+        batch_size: Sentences per step, >= 1.
+        learning_rate: Of AdamW, > 0; the same at all steps, so that a shorter suite is the beginning of a longer one.
+        seed: Seed of the initial weights and of the text, >= 0.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    max_steps: int = 1536
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "n_layers", "d_model", "n_heads", "batch_size", "seed"):
+            got, least = getattr(self, name), int(name != "seed")
+            if not isinstance(got, int) or isinstance(got, bool) or got < least:
+                raise bad_value(name, got, f"an integer >= {least}", f"change {name}")
+        if self.d_model % (8 * self.n_heads):
+            raise bad_value(
+                "d_model", self.d_model, f"a multiple of 8 * n_heads = {8 * self.n_heads}", "change d_model or n_heads"
+            )
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise bad_value("learning_rate", rate, "a finite number > 0", "change learning_rate")
+
+
+def suite_steps(max_steps: int) -> list[int]:
+    """The steps that are saved: 0, 1, 2, 4, ..., 512, then every 256th, and the last one.
+
+    Raises:
+        InputError: max_steps < 1.
+    """
+    if max_steps < 1:
+        raise bad_value("max_steps", max_steps, "an integer >= 1", "change max_steps")
+    steps = {0, max_steps, *(2**power for power in range(10)), *range(768, max_steps, 256)}
+    return sorted(step for step in steps if step <= max_steps)
+
+
+# --- text
+
+
+def held_out(name: str, other: str) -> bool:
+    """Whether no training sentence has these two of ``NAMES``: one pair in eight, in either order.
+
+    Every name is trained on, with most of the others.
+    """
+    return (NAMES.index(name) + NAMES.index(other)) % _HELD_OUT == 0
+
+
+@cache
+def _vocabulary() -> tuple[str, ...]:
+    """Every word and mark of the sentences, sorted, after the special tokens."""
+    slots = re.compile(r"\{\w+\}")
+    text = " ".join([*(slots.sub(" ", template) for template in TEMPLATES), *NAMES, *PLACES, *OBJECTS, "."])
+    return (EOS, PAD, UNK, *sorted(set(re.findall(r"\w+|[^\w\s]", text))))
+
+
+def suite_tokenizer() -> PreTrainedTokenizerFast:
+    """The suite's tokenizer: one token for each word and each mark, ids 0, 1, 2 for ``<eos>``, ``<pad>``, ``<unk>``.
+
+    As in Pythia, one token is BOS and EOS, and no special token is added to a text. Words that are not in the sentences
+    become ``<unk>``.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(_vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # for its clean-up: no space before "," and "."
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
+        model_max_length=N_POSITIONS, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+class SuiteText(pl.LightningDataModule):
+    """Endless sentences to train on, none of them with a pair of names that is `held_out`.
+
+    A batch is a tensor of token ids [b, n], int64, padded on the right with ``<pad>``. A sentence ends with its answer,
+    a full stop and ``<eos>``; about every second one also begins with ``<eos>``, so that the model does as well with it
+    as without. Batch t depends on (seed, t) alone.
+
+    Args:
+        batch_size: b, sentences per step.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, batch_size: int = 32, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+        self._tokenizer = suite_tokenizer().backend_tokenizer
+
+    def sentences(self, step: int) -> list[str]:
+        """The sentences of one step, with the answer and the full stop."""
+        sentences: list[str] = []
+        attempt = 0
+        while len(sentences) < self.batch_size:  # once, unless an unusual number of pairs is held out
+            drawn = ioi_sentences(
+                self.batch_size + self.batch_size // 2 + 1, seed=_key(self.seed, _SENTENCES, step, attempt)
+            )
+            sentences += [f"{text} {io}." for text, io, s, *_ in drawn if not held_out(io, s)]
+            attempt += 1
+        return sentences[: self.batch_size]
+
+    def draw(self, step: int) -> Int[Tensor, "b n"]:
+        """The token ids of one step."""
+        begins = np.random.default_rng(_key(self.seed, _BEGINNINGS, step)).random(self.batch_size) < 0.5
+        eos, pad = self._tokenizer.token_to_id(EOS), self._tokenizer.token_to_id(PAD)
+        rows = [  # one by one: encode_batch starts threads, and then complains about every later fork
+            [*[eos] * bool(begin), *self._tokenizer.encode(text).ids, eos]
+            for begin, text in zip(begins, self.sentences(step), strict=True)
+        ]
+        n = max(map(len, rows))
+        return torch.tensor([[*row, *[pad] * (n - len(row))] for row in rows])
+
+    def train_dataloader(self) -> _Draws:
+        """Draws from the current step on, without end."""
+        return _Draws(self)
+
+
+class _Draws:
+    """Iterable over the draws; no torch DataLoader, which would take numbers from the global generator."""
+
+    def __init__(self, data: SuiteText) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tensor]:
+        trainer = self.data.trainer
+        step = trainer.global_step if trainer is not None else 0
+        while True:
+            yield self.data.draw(step)
+            step += 1
+
+
+def _key(*key: int) -> int:
+    """A seed for this key; neighbouring keys give unrelated ones."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# --- model
+
+
+class SuiteModel(pl.LightningModule):
+    """A GPT-NeoX language model (``model``), trained with AdamW at a constant learning rate.
+
+    Measured on IOI text: without warmup or decay, and with a second beta of 0.999, heads appear that attend to the
+    indirect object alone; with Pythia's 0.95, heads attend to both names alike, and the subject is subtracted later.
+
+    Args:
+        n_layers: Layers.
+        d_model: Width of the residual stream.
+        n_heads: Heads per layer.
+        learning_rate: Of AdamW.
+        seed: Seed of the initial weights, which depend on it and on the shape alone. The global generator is left as
+            it was.
+    """
+
+    def __init__(
+        self, n_layers: int = 4, d_model: int = 128, n_heads: int = 4, learning_rate: float = 1e-3, seed: int = 0
+    ) -> None:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        super().__init__()
+        self.learning_rate = learning_rate
+        words = _vocabulary()
+        self._pad = words.index(PAD)
+        config = GPTNeoXConfig(
+            vocab_size=len(words),
+            hidden_size=d_model,
+            num_hidden_layers=n_layers,
+            num_attention_heads=n_heads,
+            intermediate_size=4 * d_model,
+            max_position_embeddings=N_POSITIONS,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": _ROTARY},
+            bos_token_id=words.index(EOS),
+            eos_token_id=words.index(EOS),
+            pad_token_id=self._pad,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_key(seed, _INITIAL))
+            self.model = GPTNeoXForCausalLM(config)
+
+    def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n words"]:
+        """Logits of the next token. There is no mask, as a causal model's real tokens never see padding after them."""
+        logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
+    def loss(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        """Mean cross-entropy over all next tokens that are not padding, in nats."""
+        logits, following = self(tokens[:, :-1]), tokens[:, 1:]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=self._pad)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW in its fused form."""
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, fused=True)
+
+
+class _Save(pl.Callback):
+    """Saves model and tokenizer as ``folder/step<N>`` at the steps of a suite."""
+
+    def __init__(self, folder: Path, steps: list[int]) -> None:
+        self.folder, self.steps, self.tokenizer = folder, set(steps), suite_tokenizer()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step in self.steps:
+            assert isinstance(pl_module, SuiteModel)
+            folder = self.folder / f"step{trainer.global_step}"
+            pl_module.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+# --- training
+
+
+def train_suite(
+    folder: str | Path,
+    *,
+    max_steps: int = 1536,
+    n_layers: int = 4,
+    d_model: int = 128,
+    n_heads: int = 4,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+) -> Path:
+    """Train a suite, unless the folder holds the same one already.
+
+    ``folder/step<N>`` is what ``from_pretrained`` of model and tokenizer reads: the weights after N optimizer steps
+    (see `suite_steps`), N=0 the initial ones. ``folder/suite.json`` has the settings, the steps, versions, and
+    ``final_loss``: of the last weights on the batch that the next step would have seen. On one machine with one number
+    of threads, the same settings give the same files, bit for bit. The folder appears when it is complete; global
+    random states are left as they were.
+
+    Args:
+        folder: Where the suite shall be: a folder that does not exist, an empty one, or one with this suite.
+        max_steps: See `SuiteSettings` for this and the following ones.
+        n_layers: Layers.
+        d_model: Width of the residual stream.
+        n_heads: Heads per layer.
+        batch_size: Sentences per step.
+        learning_rate: Of AdamW.
+        seed: Of the initial weights and the text.
+        progress: Show Lightning's progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: A setting is out of range, or the folder holds something else, which stays as it is.
+        DivergedError: The loss is not finite at the end.
+        KeyboardInterrupt: The training was interrupted; nothing is left of it.
+    """
+    settings = SuiteSettings(
+        max_steps=max_steps, n_layers=n_layers, d_model=d_model, n_heads=n_heads, batch_size=batch_size,
+        learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    folder = Path(folder)
+    if _is_there(folder, settings):
+        return folder
+    target = folder.resolve()  # a link to an empty folder stays a link
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error}). Fix: choose another folder for the suite.") from error
+    try:
+        _say(f"training a small GPT-NeoX suite, {max_steps} steps, for {folder}")
+        began = time.perf_counter()
+        final_loss = _train(draft, settings, progress)
+        if not math.isfinite(final_loss):
+            raise DivergedError(f"the suite's loss is {final_loss} after {max_steps} steps. Fix: lower learning_rate.")
+        found = versions() | {package: metadata.version(package) for package in ("transformers", "tokenizers")}
+        write_json(
+            draft / SUITE,
+            {
+                "settings": asdict(settings),
+                "text": _text_id(),
+                "steps": suite_steps(max_steps),
+                "final_loss": final_loss,
+                "versions": found,
+            },
+        )
+        try:
+            draft.rename(target)
+        except OSError:
+            if not _is_there(folder, settings):  # else another process was faster
+                raise
+        _say(f"the suite is trained: {time.perf_counter() - began:.0f} s, loss {final_loss:.3f}")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _train(folder: Path, settings: SuiteSettings, progress: bool) -> float:
+    """Train and save into an empty folder. Returns the final loss."""
+    model = SuiteModel(
+        settings.n_layers, settings.d_model, settings.n_heads, settings.learning_rate, seed=settings.seed
+    )
+    data = SuiteText(settings.batch_size, settings.seed)
+    with _quiet(), _no_trace():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            callbacks=[_Save(folder, suite_steps(settings.max_steps))],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        try:
+            trainer.fit(model, data)
+        except SystemExit as exit_:
+            if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+                raise KeyboardInterrupt from None
+            raise
+    with torch.no_grad():
+        return float(model.eval().loss(data.draw(settings.max_steps)))
+
+
+@contextlib.contextmanager
+def _no_trace() -> Iterator[None]:
+    """Put back what a training leaves changed: the generator, and the signal handler that Lightning drops on Ctrl-C."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lines off the terminal that tell nothing about a suite."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _say(line: str) -> None:
+    print(f"svf-lightning: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+# --- what is there already
+
+
+def _text_id() -> str:
+    """A fingerprint of what the sentences are made of."""
+    parts = json.dumps([TEMPLATES, NAMES, PLACES, OBJECTS, _vocabulary(), _HELD_OUT])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _is_there(folder: Path, settings: SuiteSettings) -> bool:
+    """Whether the folder holds the suite of these settings; False if it is free.
+
+    Raises:
+        InputError: It holds something else.
+    """
+    fix = "choose another folder for the suite"
+    if folder.exists() and not folder.is_dir():
+        raise bad_value("folder", str(folder), "a folder (this is a file)", fix)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not (folder / SUITE).is_file():
+        raise bad_value(
+            "folder", str(folder), f"a new folder, an empty one, or a suite's (this one has no {SUITE})", fix
+        )
+    try:
+        stored = json.loads((folder / SUITE).read_text(encoding="utf-8"))
+        found, text = dict(stored["settings"]), stored["text"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise bad_value(
+            "folder", str(folder), f"a suite's folder ({SUITE} cannot be read: {error!r})", f"delete it, or {fix}"
+        ) from error
+    asked = asdict(settings)
+    different = [f"{name}={found.get(name)!r} there, {asked[name]!r} asked for" for name in asked]
+    different = [line for line, name in zip(different, asked, strict=True) if found.get(name) != asked[name]]
+    if text != _text_id():
+        different.append("trained on other sentences, by another version of this program")
+    if different:
+        raise bad_value(
+            "folder", str(folder), f"a suite with the same settings ({'; '.join(different)})",
+            f"ask for the same settings, or {fix}",
+        )  # fmt: skip
+    for step in suite_steps(settings.max_steps):
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / f"step{step}" / name).is_file():
+                raise bad_value(
+                    "folder", str(folder), f"a whole suite (step{step}/{name} is missing)",
+                    "delete the folder to train it again, or choose another one",
+                )  # fmt: skip
+    return True

@@ -1,0 +1,60 @@
+"""The default source of a replay: a small suite that is trained the first time it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from svf_lightning.replay.checkpoints import CheckpointRef, CheckpointSource, FolderCheckpoints, LoadedCheckpoint
+from svf_lightning.replay.suite import SuiteSettings, train_suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TinySuite(CheckpointSource):
+    """A small GPT-NeoX trained on IOI text, with its checkpoints at Pythia-like steps.
+
+    Trained into ``folder`` if it is not there yet (about a minute on two cores); kept for the next call.
+
+    Args:
+        folder: Where the suite is, or will be.
+        steps: Which of its checkpoints: "all", "log", "every_<N>th", "last", or a list of steps.
+        settings: Sizes and training of the suite.
+    """
+
+    def __init__(
+        self,
+        folder: str = "runs/suites/tiny",
+        steps: str | list[int] = "all",
+        settings: SuiteSettings = SuiteSettings(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.folder, self.steps, self.settings = folder, steps, settings
+        self._checkpoints: FolderCheckpoints | None = None
+
+    def identity(self) -> dict[str, str]:
+        """Its settings, which decide its weights."""
+        return {"kind": "tiny_suite", "settings": repr(self.settings)}
+
+    def refs(self) -> list[CheckpointRef]:
+        """The checkpoints; trains them if they are not there.
+
+        Raises:
+            InputError: The folder holds something else.
+        """
+        return self._trained().refs()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The suite's tokenizer; trains the suite if it is not there."""
+        return self._trained().tokenizer()
+
+    def load(self, ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> LoadedCheckpoint:
+        """As for a folder."""
+        return self._trained().load(ref, dtype)
+
+    def _trained(self) -> FolderCheckpoints:
+        if self._checkpoints is None:
+            train_suite(self.folder, **vars(self.settings))
+            self._checkpoints = FolderCheckpoints(self.folder, self.steps)
+        return self._checkpoints
