@@ -105,11 +105,17 @@ def _when(dataset: xr.Dataset, at: int) -> str:
     return f"step {int(dataset['step'].values[at]):,}"
 
 
-def _subtitle(dataset: xr.Dataset, when: str, *more: str) -> str:
-    """Sizes of the model, checkpoints, prompts."""
+def _subtitle(dataset: xr.Dataset, when: str, *more: str, prompts: str = "prompt") -> str:
+    """Sizes of the model, checkpoints, prompts (the dimension of that name, if there is one)."""
     model = f"{count_of(dataset.sizes['layer'], 'layer')} {TIMES} {count_of(dataset.sizes['head'], 'head')}"
-    prompts = [count_of(dataset.sizes["prompt"], "prompt")] if "prompt" in dataset.sizes else []
-    return " · ".join([model, when, *prompts, *more])
+    number = [count_of(dataset.sizes[prompts], "prompt")] if prompts in dataset.sizes else []
+    return " · ".join([model, when, *number, *more])
+
+
+def _require_score(name: str, found: np.ndarray) -> None:
+    """Check that one value at least is of a head that has a score."""
+    if not found.any():
+        raise InputError(f"{name!r} holds no score. Fix: replay prompts whose query sees more keys than one.")
 
 
 def _scored(dataset: xr.Dataset, name: str, at: int, attending: float) -> tuple[np.ndarray, np.ndarray]:
@@ -119,8 +125,7 @@ def _scored(dataset: xr.Dataset, name: str, at: int, attending: float) -> tuple[
     dims = ("layer", "head", "prompt")
     values = read(dataset, name, *dims, step=at)
     known = values >= 0
-    if not known.any():
-        raise InputError(f"{name!r} holds no (prompt, head) pair with a score. Fix: prompts of at least three tokens.")
+    _require_score(name, known)
     attends = read(dataset, "prompt/attention", *dims, step=at) >= attending
     return values[known].astype(int), values[known & attends].astype(int)
 
@@ -143,7 +148,9 @@ def fig_7a(
 ) -> go.Figure:
     """Fig. 7a: relative contribution of every singular pair of one head to the attended key's score.
 
-    Bars are means over prompts, whiskers their standard deviation; singular values are below if the run has them.
+    Bars are means over prompts, whiskers their standard deviation. Below, if the run has them, the singular values of
+    the head for a query and a key at the same position; with rotary positions, the contributions of a prompt are in the
+    singular basis of its own offset.
 
     Args:
         dataset: Of a replay.
@@ -186,19 +193,17 @@ def fig_7a(
     draw_rule(figure, 1, "y", 0, width=1, color=GREY)
     y = {"title": {"text": f"relative contribution {_C} (nats)"}}
     if shows_sigma:
-        sigma = read(dataset, "singular_values", "rank", **place)
         figure.add_bar(
             x=index,
-            y=sigma,
+            y=read(dataset, "singular_values", "rank", **place),
             name="singular value",
             marker={"color": GREY},
             width=0.7,
             hovertemplate=f"{SIGMA}<sub>%{{x}}</sub> = %{{y:.3f}}<extra></extra>",
             **axes_of(2),
         )
-        place_panel(
-            figure, 2, ((0, 1), (0, low - 0.06)), x, {"title": {"text": f"{SIGMA}<sub>k</sub> (nats)"}, "nticks": 4}
-        )
+        sigma_axis = {"title": {"text": f"{SIGMA}<sub>k</sub> at offset 0 (nats)"}, "nticks": 4}
+        place_panel(figure, 2, ((0, 1), (0, low - 0.06)), x, sigma_axis)
         x = {**x, "title": {"text": ""}, "showticklabels": False}
     place_panel(figure, 1, ((0, 1), (low, 1)), x, y)
     more = ["bars: mean over prompts; whiskers: their standard deviation"]
@@ -233,11 +238,10 @@ def fig_7b(dataset: xr.Dataset, *, x_axis: XAxis = "log") -> go.Figure:
     require_heads(dataset, *names, "contribution/mean", n_steps=2)
     heads = _heads(dataset, "task/layer_head", -1)
     figure, time = go.Figure(), Steps(dataset, x_axis)
-    sparse = _of_heads(dataset, "prompt/sparseness", heads, "prompt")
-    if not np.isfinite(sparse).any():
-        raise InputError(
-            "'prompt/sparseness' holds no score of the task's heads. Fix: prompts of at least three tokens."
-        )
+    sparse, attention = (
+        mean_of_finite(_of_heads(dataset, name, heads), -1) for name in ("prompt/sparseness", "prompt/attention")
+    )
+    _require_score("prompt/sparseness", np.isfinite(sparse))
     n_draws = dataset.sizes["draw"]
     for name, colour, text in (
         ("draw/shared", _SHARED, "shared rotation"),
@@ -247,7 +251,6 @@ def fig_7b(dataset: xr.Dataset, *, x_axis: XAxis = "log") -> go.Figure:
         low, high = _range_of_finite(draws)
         time.band(figure, low, high, colour, name=f"{text}, range", **axes_of(1))
         time.line(figure, mean_of_finite(draws, 1), colour, text, width=2, **axes_of(1))
-    attention = _of_heads(dataset, "prompt/attention", heads, "prompt")
     for number, values, colour, text in (
         (1, sparse, _SINGULAR, "singular basis"),
         (2, attention, BLUE, "attention on the key"),
@@ -281,11 +284,10 @@ def _sparseness_axis(dataset: xr.Dataset) -> dict[str, Any]:
     return {"title": {"text": f"{_S}, at least 1/{dataset.sizes['rank']}"}, "rangemode": "tozero"}
 
 
-def _of_heads(dataset: xr.Dataset, name: str, heads: list[_Head], over: str = "") -> np.ndarray:
-    """A quantity of the given heads at every step [step, head, ...]; its mean over a dimension, if one is named."""
+def _of_heads(dataset: xr.Dataset, name: str, heads: list[_Head]) -> np.ndarray:
+    """A quantity of the given heads at every step [step, head, ...]."""
     values = np.asarray(dataset[name].transpose("step", "layer", "head", ...).values, dtype=float)
-    values = np.stack([values[:, own.layer, own.head] for own in heads], axis=1)
-    return mean_of_finite(values, -1) if over else values
+    return np.stack([values[:, own.layer, own.head] for own in heads], axis=1)
 
 
 def _range_of_finite(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -348,8 +350,7 @@ def fig_9(dataset: xr.Dataset, *, attending: float = 0.5) -> go.Figure:
     require_heads(dataset, "prompt/n_recon", "prompt/attention", "contribution/mean")
     rank = dataset.sizes["rank"]
     panels = _panels(dataset, "prompt/n_recon", attending)
-    first, end = (int(f(panels[0][1])) for f in (np.min, np.max))
-    first = min(first, 1)
+    first, end = min(1, int(panels[0][1].min())), int(panels[0][1].max())  # 0 for a score of 0
     figure, spans, top, highest = go.Figure(), [(0.0, 0.47), (0.53, 1.0)], 0.88, 0.0
     for number, (heading, values, _) in enumerate(panels, start=1):
         share = np.bincount(values, minlength=end + 1)[first:] / max(1, len(values))
@@ -420,8 +421,7 @@ def heads_map(dataset: xr.Dataset) -> go.Figure:
     layout: dict[str, Any] = {}
     for number, (name, text, shown) in enumerate(maps, start=1):
         values = read(dataset, name, "layer", "head", step=-1)
-        if not np.isfinite(values).any():
-            raise InputError(f"{name!r} holds no score of any head. Fix: prompts of at least three tokens.")
+        _require_score(name, np.isfinite(values))
         left = (number - 1) * 0.36
         axis = f"coloraxis{number if number > 1 else ''}"
         draw_heat(
@@ -468,7 +468,7 @@ def heads_map(dataset: xr.Dataset) -> go.Figure:
 
 def _count_ticks(n: int, cell: float) -> dict[str, Any]:
     """Numbers from 0, as many as there is room for."""
-    every = next(step for step in (1, 2, 5, 10, 20, 50, n) if step * cell >= 16 or step >= n)
+    every = next(step for step in (1, 2, 5, 10, 20, 50, n) if step * cell >= 18 or step >= n)
     return ticks_at(range(0, n, every), [str(i) for i in range(0, n, every)], tickangle=0, ticklabelstandoff=3)
 
 
@@ -492,6 +492,7 @@ def causal(dataset: xr.Dataset) -> go.Figure:
     figure, spans = go.Figure(), [(0.0, 0.45), (0.55, 1.0)]
     for number, (name, text) in enumerate(panels, start=1):
         values = read(dataset, name, "n_removed", "kind", "pair", step=-1)
+        _require_score(name, np.isfinite(values))
         n_removed = np.arange(1, len(values) + 1)
         for i, (kind, colour, symbol, aside) in enumerate(kinds):
             mean, half = _mean_and_interval(values[:, i])
@@ -512,11 +513,12 @@ def causal(dataset: xr.Dataset) -> go.Figure:
         draw_rule(figure, number, "y", 0, color=GREY, width=1)
         x = {"title": {"text": "contributions removed from each head, n (count)"}, "tickvals": n_removed}
         place_panel(figure, number, (spans[number - 1], (0, 1)), x, {"title": {"text": text}})
-    n_pairs = dataset.sizes["pair"]
-    of = f"{', '.join(map(str, heads))} at once"
-    more = [count_of(n_pairs, "prompt"), of, "whiskers: 95 % confidence interval of the mean"]
-    model = _subtitle(dataset.drop_dims("prompt", errors="ignore"), _when(dataset, -1), *more)
-    return finish(figure, f"Removing contributions from the {count_of(len(heads), 'head')} of the task", model)
+    more = [f"{', '.join(map(str, heads))} at once", "whiskers: 95 % confidence interval of the mean"]
+    return finish(
+        figure,
+        f"Removing contributions from the {count_of(len(heads), 'head')} of the task",
+        _subtitle(dataset, _when(dataset, -1), *more, prompts="pair"),
+    )
 
 
 def _mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

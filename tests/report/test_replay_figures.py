@@ -1,0 +1,543 @@
+"""Figures of attention scores hold the numbers of the dataset, leave out what has no score, and refuse what lacks it."""
+
+from itertools import pairwise
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import xarray as xr
+from conftest import train
+
+from svf_lightning.callbacks import AttentionSparsity, Capture, SVDAlignment, TrajectoryWriter
+from svf_lightning.errors import InputError
+from svf_lightning.report import figures
+from svf_lightning.report.drawing import TEMPLATES, draw_band
+from svf_lightning.report.replay_figures import (
+    REPLAY_FIGURES,
+    causal,
+    fig_7a,
+    fig_7b,
+    fig_8,
+    fig_9,
+    heads_map,
+    sparsity_over_time,
+)
+from svf_lightning.trajectory import open_trajectory
+
+STEPS = [0, 1, 3, 10, 40, 100, 700]
+T, L, H, R, P, N_DRAWS = 7, 5, 11, 17, 13, 19  # one size per axis
+N_REMOVED, N_PAIRS, N_I = 23, 31, 3
+TASK = [(4, 2), (0, 9)]  # of the last step; other heads before
+NO_SCORE = (3, 7)  # a head that sees one key only
+
+
+def synthetic():
+    """A replay with random numbers under the names of a run; every value differs from every other."""
+    rng = np.random.default_rng(0)
+    heads = ("step", "layer", "head")
+    scalars = {
+        f"sad/{name}": (heads, rng.uniform(0.05, 0.9, (T, L, H))) for name in ("attention", "sparseness", "score")
+    }
+    scalars["sad/n_recon"] = (heads, rng.integers(2, 2 * R, (T, L, H)) / 2)
+    per_prompt = {
+        f"prompt/{name}": ((*heads, "prompt"), rng.uniform(0.01, 0.99, (T, L, H, P)))
+        for name in ("attention", "sparseness")
+    }
+    counts = {"top_index": rng.integers(0, R, (T, L, H, P)), "n_recon": rng.integers(1, R + 1, (T, L, H, P))}
+    for values in per_prompt.values():
+        values[1][:, *NO_SCORE] = np.nan
+    for name, values in counts.items():
+        values[:, *NO_SCORE] = -1
+        per_prompt[f"prompt/{name}"] = ((*heads, "prompt"), values.astype(np.int16))
+    for name in ("attention", "sparseness", "n_recon"):
+        scalars[f"sad/{name}"][1][:, *NO_SCORE] = np.nan
+    task = rng.integers(0, L * H, (T, 2))
+    task[-1] = [layer * H + head for layer, head in TASK]
+    contribution = rng.normal(size=(T, L, H, R))
+    contribution[:, *NO_SCORE] = np.nan
+    arrays = {
+        "contribution/mean": ((*heads, "rank"), contribution),
+        "contribution/sd": ((*heads, "rank"), abs(contribution) + rng.uniform(size=(T, L, H, R))),
+        "singular_values": ((*heads, "rank"), np.sort(rng.uniform(0.1, 9, (T, L, H, R)))[..., ::-1]),
+        "draw/shared": ((*heads, "draw"), rng.uniform(0.3, 0.5, (T, L, H, N_DRAWS))),
+        "draw/independent": ((*heads, "draw"), rng.uniform(0.2, 0.4, (T, L, H, N_DRAWS))),
+        "task/layer_head": (("step", "task_head"), task.astype(np.int32)),
+        "sad/accuracy": ("step", rng.uniform(size=T)),
+        "causal/attention": (("step", "n_removed", "kind", "pair"), rng.normal(size=(T, N_REMOVED, 3, N_PAIRS))),
+        "causal/logit_difference": (("step", "n_removed", "kind", "pair"), rng.normal(size=(T, N_REMOVED, 3, N_PAIRS))),
+        "causal/layer_head": (("step", "causal_head"), task[:, :1].astype(np.int32)),
+    }
+    return xr.Dataset({**scalars, **per_prompt, **arrays}, coords={"step": STEPS})
+
+
+def toy():
+    """A run of the toy model."""
+    rng = np.random.default_rng(1)
+    names = ("sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation")
+    scalars = {f"sad/{name}": (("step", "instance"), rng.uniform(0.1, 0.6, (T, N_I))) for name in names}
+    scalars["alignment/matched"] = (("step", "instance"), rng.uniform(size=(T, N_I)))
+    sigma = (("step", "instance", "rank"), rng.uniform(size=(T, N_I, R)))
+    return xr.Dataset({**scalars, "singular_values": sigma}, coords={"step": STEPS})
+
+
+@pytest.fixture(scope="module")
+def run():
+    return synthetic()
+
+
+def run_for(name):
+    return toy() if name == "sparsity_over_time" else synthetic()
+
+
+def named(figure, name, axis="x"):
+    (found,) = [t for t in figure.data if t.name == name and (t.xaxis or "x") == axis]
+    return found
+
+
+def histogram(values, at):
+    """Share of the values that each of ``at`` has."""
+    return [np.count_nonzero(values == n) / len(values) for n in at]
+
+
+def headings(figure):
+    return [a.text.split("<br>") for a in figure.layout.annotations]
+
+
+def polygon(band):
+    """Lower and upper edge of a band without a gap."""
+    assert band.fill == "toself"
+    n = (len(band.x) - 1) // 2
+    np.testing.assert_array_equal(band.x[:n], band.x[n : 2 * n][::-1])
+    return np.array(band.y[:n]), np.array(band.y[n : 2 * n][::-1])
+
+
+def without(run, name, *place):
+    """The run with NaN (or -1, for counts) at a place of a quantity."""
+    values = run[name].values.copy()
+    values[place] = -1 if values.dtype.kind == "i" else np.nan
+    return run.assign({name: (run[name].dims, values)})
+
+
+# ------------------------------------------------------------------------------------------------- all figures
+
+
+def test_the_command_knows_these_figures_beside_those_of_the_toy_model():
+    assert not figures.FIGURES.keys() & REPLAY_FIGURES.keys()
+    assert {**figures.FIGURES, **REPLAY_FIGURES} == figures.ALL_FIGURES
+
+
+@pytest.mark.parametrize("name", REPLAY_FIGURES)
+def test_every_figure_names_its_axes_and_what_it_was_drawn_from(name):
+    entry = REPLAY_FIGURES[name]
+    figure = entry.draw(run_for(name))
+    assert isinstance(figure, go.Figure)
+    assert entry.description
+    assert entry.paper.startswith(("Fig.", "beyond the paper"))
+    assert figure.layout.title.text
+    subtitle = figure.layout.title.subtitle.text
+    assert "700" in subtitle
+    for part in ("3 instances",) if name == "sparsity_over_time" else ("5 layers", "11 heads", "prompts"):
+        assert part in subtitle
+    titles = [
+        [figure.layout[f"{letter}axis{(t[f'{letter}axis'] or letter)[1:]}"].title.text for letter in "xy"]
+        for t in figure.data
+    ]
+    assert all(any(column) for column in zip(*titles, strict=True))
+    for trace in figure.data:
+        values = np.asarray(trace.z if trace.type == "heatmap" else trace.y, dtype=float)
+        assert np.isfinite(values).any()
+
+
+@pytest.mark.parametrize("name", REPLAY_FIGURES)
+def test_every_figure_can_change_its_theme(name):
+    figure = REPLAY_FIGURES[name].draw(run_for(name))
+    assert figure.layout.font.color is None
+    assert all(a.font.color is None and a.bgcolor is None for a in figure.layout.annotations)
+    figure.update_layout(template=TEMPLATES["dark"])
+    assert figure.layout.template.layout.paper_bgcolor == TEMPLATES["dark"].layout.paper_bgcolor
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "fix"),
+    [
+        ("fig_7a", "contribution/mean", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_7a", "contribution/sd", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_7a", "task/layer_head", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_7b", "prompt/sparseness", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_7b", "draw/independent", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_8", "prompt/top_index", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_8", "prompt/attention", "replay.*AttentionSparsity.*keep_prompts"),
+        ("fig_9", "prompt/n_recon", "replay.*AttentionSparsity.*keep_prompts"),
+        ("heads_map", "sad/attention", "replay.*AttentionSparsity"),
+        ("heads_map", "sad/n_recon", "AttentionSparsity"),
+        ("causal", "causal/attention", "replay.*CausalAblation"),
+        ("causal", "causal/layer_head", "replay.*CausalAblation"),
+        ("sparsity_over_time", "sad/sparseness_shared_rotation", "train with a head.*n_attended=64.*AttentionSparsity"),
+        ("sparsity_over_time", "alignment/matched", "train with a head.*SVDAlignment"),
+    ],
+)
+def test_a_missing_quantity_is_named_with_what_to_do(name, lacking, fix):
+    with pytest.raises(InputError, match=f"'{lacking}'.*Fix: .*{fix}"):
+        REPLAY_FIGURES[name].draw(run_for(name).drop_vars(lacking))
+
+
+def test_what_happens_over_training_needs_two_checkpoints(run):
+    with pytest.raises(InputError, match=r"2 captured steps or more, and the run has 1.*replay several checkpoints"):
+        fig_7b(run.isel(step=[-1]))
+    with pytest.raises(InputError, match=r"2 captured steps or more, and the run has 1.*of a `fit`"):
+        sparsity_over_time(toy().isel(step=[-1]))
+
+
+@pytest.mark.parametrize("name", REPLAY_FIGURES)
+def test_a_run_without_rows_is_refused(name):
+    with pytest.raises(InputError, match="the run has 0"):
+        REPLAY_FIGURES[name].draw(run_for(name).isel(step=[]))
+
+
+@pytest.mark.parametrize("name", sorted(REPLAY_FIGURES.keys() - {"sparsity_over_time"}))
+def test_figures_of_heads_need_layers_and_heads_and_nothing_else(name, run):
+    with pytest.raises(InputError, match=r"dimension 'layer' and 'head'.*Fix: .*`replay`"):
+        REPLAY_FIGURES[name].draw(run.isel(layer=0, head=0))
+    with pytest.raises(InputError, match=r"dimension 'layer'; .*Fix"):
+        REPLAY_FIGURES[name].draw(run.isel(layer=0))
+    further = run.expand_dims(offset=2)
+    with pytest.raises(InputError, match=r"dimension offset, which.*Fix: select one: dataset\.isel\(offset=0\)"):
+        REPLAY_FIGURES[name].draw(further)
+    REPLAY_FIGURES[name].draw(further.isel(offset=1))
+
+
+def test_the_toy_figure_shows_instances_not_heads(run):
+    with pytest.raises(InputError, match="dimension 'instance'"):
+        sparsity_over_time(toy().isel(instance=0))
+    with pytest.raises(InputError, match="dimension head, which"):
+        sparsity_over_time(toy().expand_dims(head=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity"),
+    [
+        ("fig_7b", "prompt/sparseness"),
+        ("fig_8", "prompt/top_index"),
+        ("fig_9", "prompt/n_recon"),
+        ("heads_map", "sad/sparseness"),
+        ("heads_map", "sad/n_recon"),
+        ("causal", "causal/attention"),
+        ("causal", "causal/logit_difference"),
+    ],
+)
+def test_a_run_without_a_score_says_so_instead_of_an_empty_figure(name, quantity, run):
+    with pytest.raises(InputError, match=f"{quantity}.*no score.*Fix: .*more keys"):
+        REPLAY_FIGURES[name].draw(without(run, quantity, ...))
+
+
+@pytest.mark.parametrize("name", ["fig_7a", "fig_8", "fig_9", "heads_map", "causal"])
+def test_the_only_checkpoint_is_told_by_its_name(name, run):
+    one = run.isel(step=[-1]).assign(checkpoint=("step", ["gpt2-small"]))
+    subtitle = REPLAY_FIGURES[name].draw(one).layout.title.subtitle.text
+    assert "gpt2-small" in subtitle
+    assert "step" not in subtitle
+
+
+# ------------------------------------------------------------------------------------------------- each figure
+
+
+def test_fig_7a_has_mean_and_spread_of_every_contribution_of_the_tasks_first_head(run):
+    figure = fig_7a(run)
+    assert "L4H2" in figure.layout.title.text
+    bars = named(figure, "mean over prompts")
+    at = {"step": -1, "layer": 4, "head": 2}
+    np.testing.assert_array_equal(bars.x, np.arange(1, R + 1))
+    np.testing.assert_array_equal(bars.y, run["contribution/mean"].isel(at))
+    np.testing.assert_array_equal(bars.error_y.array, run["contribution/sd"].isel(at))
+    sigma = named(figure, "singular value", "x2")
+    np.testing.assert_array_equal(sigma.y, run["singular_values"].isel(at))
+    np.testing.assert_array_equal(sigma.x, bars.x)
+    assert figure.layout.xaxis.range == figure.layout.xaxis2.range
+    ticks = figure.layout.xaxis2
+    assert [str(at) for at in ticks.tickvals] == list(ticks.ticktext)  # the bar at 1 is named 1
+    assert f"S(v) = {run['sad/sparseness'].isel(at).item():.3f}" in figure.layout.title.subtitle.text
+    assert "nats" in figure.layout.yaxis.title.text
+
+
+def test_fig_7a_shows_the_head_and_the_step_that_were_asked_for(run):
+    figure = fig_7a(run, layer=1, head=10, step=40)
+    assert "L1H10" in figure.layout.title.text
+    assert "step 40 ·" in figure.layout.title.subtitle.text
+    values = run["contribution/mean"].sel(step=40).isel(layer=1, head=10)
+    np.testing.assert_array_equal(named(figure, "mean over prompts").y, values)
+    first = int(run["task/layer_head"].sel(step=40)[0])  # of that step, not of the last
+    assert f"L{first // H}H{first % H} " in fig_7a(run, step=40).layout.title.text
+
+
+def test_fig_7a_does_without_singular_values(run):
+    figure = fig_7a(run.drop_vars(["singular_values", "sad/sparseness"]))
+    assert len(figure.data) == 1
+    assert figure.layout.xaxis.title.text == "singular index k"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 2}, "step=2.*0, 1, 3, 10, 40, 100, 700"),
+        ({"layer": 1}, "layer, head=.*both"),
+        ({"head": 1}, "layer, head=.*both"),
+        ({"layer": 5, "head": 0}, r"layer=5.*0\.\.4"),
+        ({"layer": 0, "head": 11}, r"head=11.*0\.\.10"),
+        ({"layer": -1, "head": 0}, r"layer=-1.*0\.\.4"),
+        ({"layer": 3, "head": 7}, "L3H7 has no score at step 700.*Fix"),
+    ],
+)
+def test_fig_7a_refuses_a_head_or_a_step_that_is_not_there(options, message, run):
+    with pytest.raises(InputError, match=message):
+        fig_7a(run, **options)
+
+
+def test_fig_7b_follows_the_heads_of_the_last_step_through_training(run):
+    figure = fig_7b(run)
+    for name, text, axis in (
+        ("prompt/sparseness", "singular basis", "x"),
+        ("prompt/attention", "attention on the key", "x2"),
+    ):
+        own = np.stack([run[name].isel(layer=layer, head=head).values.mean(-1) for layer, head in TASK])
+        np.testing.assert_allclose(named(figure, text, axis).y, own.mean(0))
+        for (layer, head), values in zip(TASK, own, strict=True):
+            np.testing.assert_allclose(named(figure, f"{text}, L{layer}H{head}", axis).y, values)
+    np.testing.assert_array_equal(named(figure, "accuracy", "x2").y, run["sad/accuracy"])
+    assert "L4H2, L0H9, the heads of step 700" in figure.layout.title.subtitle.text
+    assert "7 checkpoints, steps 0 to 700" in figure.layout.title.subtitle.text
+
+
+def test_fig_7b_has_the_mean_and_the_range_of_the_rotations_of_these_heads(run):
+    figure = fig_7b(run)
+    for name, text in (("draw/shared", "shared rotation"), ("draw/independent", "independent rotation")):
+        draws = np.mean([run[name].isel(layer=layer, head=head).values for layer, head in TASK], axis=0)
+        np.testing.assert_allclose(named(figure, text).y, draws.mean(1))
+        low, high = polygon(named(figure, f"{text}, range"))
+        np.testing.assert_allclose(low, draws.min(1))
+        np.testing.assert_allclose(high, draws.max(1))
+        assert named(figure, text).line.color != named(figure, "singular basis").line.color
+
+
+def test_fig_7b_has_a_log_axis_with_step_0_unless_told_otherwise(run):
+    log, linear = fig_7b(run), fig_7b(run, x_axis="linear")
+    for axis in ("xaxis", "xaxis2"):
+        assert log.layout[axis].type == "log"
+        assert log.layout[axis].ticktext == ("0", "1", "10", "100")
+        assert linear.layout[axis].type is None
+    x = named(log, "singular basis").x
+    assert 0 < x[0] < 1
+    np.testing.assert_array_equal(x[1:], STEPS[1:])
+    np.testing.assert_array_equal(named(linear, "singular basis").x, STEPS)
+    np.testing.assert_array_equal(named(log, "singular basis").customdata, STEPS)
+    assert log.layout.xaxis.range == log.layout.xaxis2.range
+
+
+def test_fig_7b_leaves_out_prompts_without_a_score_and_gaps_where_there_is_none(run):
+    (layer, head), (other, other_head) = TASK
+    gap = without(run, "prompt/sparseness", 2, layer, head, 5)
+    gap = without(gap, "prompt/sparseness", 4, layer, head)
+    values = gap["prompt/sparseness"].values
+    one = named(fig_7b(gap), f"singular basis, L{layer}H{head}").y
+    assert one[2] == pytest.approx(np.delete(values[2, layer, head], 5).mean())
+    assert np.isnan(one[4])
+    mean = named(fig_7b(gap), "singular basis").y
+    assert mean[4] == pytest.approx(values[4, other, other_head].mean())
+    assert np.isfinite(mean).all()
+
+
+def test_fig_7b_does_without_the_accuracy(run):
+    figure = fig_7b(run.drop_vars("sad/accuracy"))
+    assert "accuracy" not in {t.name for t in figure.data}
+    assert figure.layout.yaxis2.title.text == "attention weight"
+
+
+@pytest.mark.parametrize("attending", [0.5, 0.8])
+def test_fig_8_counts_the_largest_contributors_of_all_heads_and_of_those_that_attend(run, attending):
+    figure = fig_8(run, attending=attending)
+    index, weight = (run[f"prompt/{name}"].values[-1] for name in ("top_index", "attention"))
+    every, own = index[index >= 0], index[(index >= 0) & (weight >= attending)]
+    assert len(every) == (L * H - 1) * P
+    assert 0 < len(own) < len(every)
+    for bars, values, (heading, found), what in zip(
+        figure.data,
+        (every, own),
+        headings(figure),
+        ("all heads", f"attention on the key at least {attending}"),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(bars.x, np.arange(1, R + 1))
+        np.testing.assert_allclose(bars.y, histogram(values, range(R)))
+        assert sum(bars.y) == pytest.approx(1)
+        assert heading == f"{what}: {len(values)} (prompt, head) pairs"
+        assert found == f"in the last eighth: {np.mean(values >= R - 2):.1%}"
+    for shape in (s for s in figure.layout.shapes if s.type == "rect"):
+        assert (shape.x0, shape.x1) == (R - 2 + 0.5, R + 0.5)  # an eighth of 17 are 2
+    rules = [s.y0 for s in figure.layout.shapes if s.type == "line"]
+    assert rules == pytest.approx([1 / R, 1 / R])
+    assert figure.layout.yaxis.range == figure.layout.yaxis2.range
+    assert figure.layout.yaxis.range[1] > max(max(bars.y) for bars in figure.data)
+
+
+@pytest.mark.parametrize("attending", [0.5, 0.8])
+def test_fig_9_counts_n_recon_of_all_heads_and_of_those_that_attend(run, attending):
+    figure = fig_9(run, attending=attending)
+    n, weight = (run[f"prompt/{name}"].values[-1] for name in ("n_recon", "attention"))
+    every, own = n[n >= 0], n[(n >= 0) & (weight >= attending)]
+    for i, (bars, values, (heading, found)) in enumerate(zip(figure.data, (every, own), headings(figure), strict=True)):
+        np.testing.assert_array_equal(bars.x, np.arange(1, R + 1))
+        np.testing.assert_allclose(bars.y, histogram(values, range(1, R + 1)))
+        assert heading.endswith(f": {len(values)} (prompt, head) pairs")
+        assert found == f"median {np.median(values):.3g} of {R}, at most 4: {np.mean(values <= 4):.1%}"
+        assert figure.layout.shapes[i].x0 == np.median(values)
+        colours = bars.marker.color
+        assert len(set(colours[:4])) == len(set(colours[4:])) == 1
+        assert colours[3] != colours[4]
+
+
+def test_fig_9_shows_a_score_of_zero_and_ends_at_the_largest(run):
+    values = np.where(run["prompt/n_recon"] > 5, 5, run["prompt/n_recon"])
+    values[-1, 0, 0, 0] = 0
+    bars = fig_9(run.assign({"prompt/n_recon": (run["prompt/n_recon"].dims, values)})).data[0]
+    np.testing.assert_array_equal(bars.x, range(6))
+    np.testing.assert_allclose(bars.y, histogram(values[-1][values[-1] >= 0], range(6)))
+
+
+@pytest.mark.parametrize("name", ["fig_8", "fig_9"])
+def test_that_no_head_attends_is_said_beside_what_all_heads_do(name, run):
+    quiet = run.assign({"prompt/attention": run["prompt/attention"] * 0.5})
+    figure = REPLAY_FIGURES[name].draw(quiet)
+    assert headings(figure)[1] == ["attention on the key at least 0.5: 0 (prompt, head) pairs", "none"]
+    assert sum(figure.data[0].y) == pytest.approx(1)
+    assert not any(figure.data[1].y)
+    assert {(s.xref or "x")[:2] for s in figure.layout.shapes} <= {"x", "x "}
+
+
+@pytest.mark.parametrize("name", ["fig_8", "fig_9"])
+@pytest.mark.parametrize("attending", [0, 1, 1.5])
+def test_an_attention_weight_out_of_range_is_refused(name, attending, run):
+    with pytest.raises(InputError, match=rf"attending={attending}.*\(0, 1\)"):
+        REPLAY_FIGURES[name].draw(run, attending=attending)
+
+
+def test_heads_map_has_three_numbers_of_every_head_and_marks_those_of_the_task(run):
+    figure = heads_map(run)
+    maps = [t for t in figure.data if t.type == "heatmap"]
+    axes = [figure.layout[f"coloraxis{i}"] for i in ("", 2, 3)]
+    for heat, axis, name in zip(maps, axes, ("sad/attention", "sad/sparseness", "sad/n_recon"), strict=True):
+        values = run[name].values[-1]
+        np.testing.assert_array_equal(heat.z, values)
+        assert np.isnan(heat.z[NO_SCORE[0]][NO_SCORE[1]])
+        assert axis.cmax == np.nanmax(values)
+        assert heat.text[4][2].startswith("layer 4, head 2<br>")
+    assert [t.coloraxis for t in maps] == ["coloraxis", "coloraxis2", "coloraxis3"]
+    assert [axis.cmin for axis in axes] == [0, 0, 1]
+    circles = [t for t in figure.data if t.type == "scatter"]
+    assert [t.xaxis for t in circles] == ["x", "x2", "x3"]
+    for t in circles:
+        assert list(zip(t.y, t.x, strict=True)) == TASK
+        assert t.name == "heads of the task: L4H2, L0H9"
+    assert figure.layout.yaxis.range == (L - 0.5, -0.5)  # the first layer on top
+    assert figure.layout.yaxis.scaleanchor == "x"  # cells are squares
+    assert [figure.layout[f"xaxis{i}"].ticktext for i in ("", 2, 3)] == [tuple(map(str, range(H)))] * 3
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(2, 2), (30, 9), (12, 12), (61, 37)])
+def test_heads_maps_of_any_size_do_not_overlap(layers, heads):
+    rng = np.random.default_rng(2)
+    names = ("sad/attention", "sad/sparseness", "sad/n_recon")
+    values = {name: (("step", "layer", "head"), rng.uniform(1, 2, (1, layers, heads))) for name in names}
+    figure = heads_map(xr.Dataset(values, coords={"step": [0]}))
+    domains = [figure.layout[f"xaxis{i}"].domain for i in ("", 2, 3)]
+    pixels = [1000 - 100, figure.layout.height - 180]  # without the margins
+    assert all(end + 0.09 < start for (_, end), (start, _) in pairwise(domains))
+    assert domains[-1][1] < 0.97
+    width = (domains[0][1] - domains[0][0]) * pixels[0] / heads
+    assert width * layers <= pixels[1] + 1  # a square cell has the room that it needs
+    assert figure.layout.height <= 800
+    assert not [t for t in figure.data if t.type == "scatter"]
+
+
+def test_causal_has_the_mean_change_and_its_confidence_interval_for_every_choice(run):
+    figure = causal(run)
+    for axis, name in (("x", "causal/attention"), ("x2", "causal/logit_difference")):
+        for i, kind in enumerate(("largest contributions", "random others", "largest singular values")):
+            values = run[name].values[-1, :, i]
+            line = named(figure, kind, axis)
+            np.testing.assert_allclose(line.y, values.mean(-1))
+            np.testing.assert_allclose(line.error_y.array, 1.96 * values.std(-1, ddof=1) / np.sqrt(N_PAIRS))
+            np.testing.assert_array_equal(line.customdata, np.arange(1, N_REMOVED + 1))
+            np.testing.assert_allclose(line.x, line.customdata, atol=0.2)
+    assert "the 1 head of" in figure.layout.title.text
+    assert "31 prompts · L4H2 at once" in figure.layout.title.subtitle.text
+    assert "13 prompts" not in figure.layout.title.subtitle.text
+
+
+def test_causal_leaves_out_pairs_without_a_number(run):
+    line = named(causal(without(run, "causal/attention", -1, 4, 0, 3)), "largest contributions")
+    values = np.delete(run["causal/attention"].values[-1, 4, 0], 3)
+    assert line.y[4] == pytest.approx(values.mean())
+    assert line.error_y.array[4] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(N_PAIRS - 1))
+
+
+def test_sparsity_over_time_has_the_mean_and_the_range_of_the_instances():
+    run = toy()
+    figure = sparsity_over_time(run)
+    for name, text, axis in (
+        ("sad/sparseness", "singular basis", "x"),
+        ("sad/sparseness_shared_rotation", "shared rotation", "x"),
+        ("sad/sparseness_independent_rotation", "independent rotation", "x"),
+        ("alignment/matched", "alignment of singular vectors", "x2"),
+    ):
+        values = run[name].values
+        np.testing.assert_allclose(named(figure, text, axis).y, values.mean(1))
+        low, high = polygon(named(figure, f"{text}, range", axis))
+        np.testing.assert_array_equal(low, values.min(1))
+        np.testing.assert_array_equal(high, values.max(1))
+    assert "1/17" in figure.layout.yaxis.title.text
+    assert sparsity_over_time(run, x_axis="log").layout.xaxis2.type == "log"
+
+
+def test_sparsity_over_time_leaves_out_an_instance_that_diverged():
+    run = toy()
+    one = sparsity_over_time(without(run, "sad/sparseness", slice(None), 1))
+    values = run["sad/sparseness"].values[:, [0, 2]]
+    np.testing.assert_allclose(named(one, "singular basis").y, values.mean(1))
+    np.testing.assert_array_equal(polygon(named(one, "singular basis, range"))[1], values.max(1))
+    with pytest.raises(InputError, match=r"sad/sparseness.*no finite number"):
+        sparsity_over_time(without(run, "sad/sparseness", ...))
+
+
+def test_a_band_has_a_gap_where_there_is_no_number():
+    figure = go.Figure()
+    low = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
+    draw_band(figure, np.arange(5.0), low, low + 1, "#0072B2")
+    (band,) = figure.data
+    np.testing.assert_array_equal(band.x, [0, 1, 1, 0, np.nan, 3, 4, 4, 3, np.nan])
+    np.testing.assert_array_equal(band.y, [1, 2, 3, 2, np.nan, 4, 5, 6, 5, np.nan])
+    assert band.fillcolor == "rgba(0, 114, 178, 0.2)"
+
+
+# ------------------------------------------------------------------------------------------------- real runs, files
+
+
+def test_a_real_run_of_the_toy_model_shows_its_sparsity_over_time(tmp_path):
+    callbacks = [Capture(), SVDAlignment(), AttentionSparsity(n_draws=3), TrajectoryWriter()]
+    train(tmp_path, 12, callbacks, model={"template": "single", "n_attended": 5}, data={"feature_probability": 0.5})
+    run = open_trajectory(tmp_path)
+    figure = sparsity_over_time(run)
+    np.testing.assert_allclose(named(figure, "singular basis").y, run["sad/sparseness"].values.mean(1), rtol=1e-6)
+    for name in sorted(REPLAY_FIGURES.keys() - {"sparsity_over_time"}):
+        with pytest.raises(InputError, match=r"Fix: .*replay"):
+            REPLAY_FIGURES[name].draw(run)
+
+
+def test_the_command_draws_each_figure_with_the_step_axis_it_likes_best(tmp_path, monkeypatch, capsys):
+    drawn = {}
+    monkeypatch.setattr(figures, "open_trajectory", lambda _: synthetic())
+    monkeypatch.setattr(figures, "save_png", lambda figure, path, scale: drawn.update({path.stem: figure}))
+    assert figures.main([str(tmp_path), str(tmp_path)]) == 0
+    assert drawn.keys() == REPLAY_FIGURES.keys() - {"sparsity_over_time"}
+    assert drawn["fig_7b"].layout.xaxis.type == "log"
+    assert "fig_3 is left out" in capsys.readouterr().err
+    assert figures.main([str(tmp_path), str(tmp_path), "fig_7b", "--x-axis", "linear"]) == 0
+    assert drawn["fig_7b"].layout.xaxis.type is None
