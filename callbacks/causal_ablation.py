@@ -44,7 +44,6 @@ class CausalAblation(ProbeMetric):
         n_removed: Largest number of contributions to remove; 1 to this are all measured.
         report: For which of them numbers are logged.
         n_task_heads: Heads that count as the task's.
-        n_pairs: At most so many query-key pairs are used.
         seed: Seed of the random choices, which come from a generator of their own.
 
     Raises:
@@ -56,13 +55,12 @@ class CausalAblation(ProbeMetric):
         n_removed: int = 8,
         report: tuple[int, ...] = (1, 2, 4, 8),
         n_task_heads: int = 3,
-        n_pairs: int = 128,
         seed: int = 0,
     ) -> None:
-        for name, value in (("n_removed", n_removed), ("n_task_heads", n_task_heads), ("n_pairs", n_pairs)):
+        for name, value in (("n_removed", n_removed), ("n_task_heads", n_task_heads)):
             if value < 1:
                 raise bad_value(name, value, "an integer >= 1", "change the CausalAblation callback")
-        self.n_removed, self.n_task_heads, self.n_pairs, self.seed = n_removed, n_task_heads, n_pairs, seed
+        self.n_removed, self.n_task_heads, self.seed = n_removed, n_task_heads, seed
         self.report = tuple(n for n in report if 1 <= n <= n_removed)
         if not self.report:
             raise bad_value("report", report, f"numbers in 1..{n_removed}", "change the CausalAblation callback")
@@ -72,8 +70,6 @@ class CausalAblation(ProbeMetric):
         """Keep one part of the pairs, as the task's heads are known only when all parts were seen."""
         scores = probe.scores
         if scores is None or probe.intervene is None or scores.attention is None or scores.logit_difference is None:
-            return
-        if sum(part.attention.shape[1] for part in self._parts) >= self.n_pairs:
             return
         contributions = scores.contributions
         self._parts.append(

@@ -259,4 +259,5 @@ def _accurate_qr(matrix: Tensor, Q: Tensor, R: Tensor) -> Tensor:
     ok = ((matrix @ x - Q @ (R @ x)).abs().amax((-2, -1)) <= tolerance * size) & (
         (Q.mT @ (Q @ x) - x).abs().amax((-2, -1)) <= tolerance
     )
-    return ok | ~torch.isfinite(size)
+    passed: Tensor = ok | ~torch.isfinite(size)
+    return passed

@@ -801,7 +801,7 @@ def _no_bar() -> Any:
     """Progress bars that stay silent: downloads run beside the one of the run."""
     from tqdm.auto import tqdm
 
-    class NoBar(tqdm):  # type: ignore[misc]
+    class NoBar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
 

@@ -133,10 +133,12 @@ def suite_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # for its clean-up: no space before "," and "."
-    return PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast  # it has no types
+    fast: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
         model_max_length=N_POSITIONS, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+    return fast
 
 
 class SuiteText(pl.LightningDataModule):
@@ -415,8 +417,9 @@ def _no_trace() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lines off the terminal that tell nothing about a suite."""
-    from transformers.utils import logging as transformers_logging
+    from transformers import utils
 
+    transformers_logging: Any = utils.logging
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.WARNING)

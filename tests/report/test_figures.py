@@ -763,7 +763,7 @@ def test_the_command_draws_what_the_run_has(tmp_path, monkeypatch, capsys):
     assert said.out.strip() == str(drawn[0])
     assert figures.main([str(tmp_path / "run"), str(tmp_path), "fig_3"]) == 2
     assert figures.main([str(tmp_path / "run"), str(tmp_path), "fig_10"]) == 2
-    assert "figure='fig_9'" in capsys.readouterr().err
+    assert "figure='fig_10'" in capsys.readouterr().err
     assert figures.main([str(tmp_path / "nowhere"), str(tmp_path)]) == 2
     assert figures.main([]) == 2
 
