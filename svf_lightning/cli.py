@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from svf_lightning import __version__
 from svf_lightning.claims import Claim
-from svf_lightning.errors import DivergedError, InputError, bad_value, closest
+from svf_lightning.errors import CheckpointError, DivergedError, InputError, bad_value, closest
 from svf_lightning.run_dir import CONFIG, check_free, is_replay, new_run_dir, owner_of, write_text
 from svf_lightning.toy import ToyAttentionModel, ToyData
 from svf_lightning.toy.model import check_state_fits
@@ -34,6 +34,15 @@ DEFAULT_PRESET = "single_pair"
 _DEFAULT_REPLAY = "tiny_suite"
 _COMMANDS = ("fit", "validate", "test", "replay")
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"
+_HELP = """usage: python -m svf_lightning COMMAND [options]
+
+  fit       train the toy model; with no option, the preset single_pair
+  validate  measure a checkpoint of the toy model on held-out draws
+  test      the same on other held-out draws
+  replay    measure the training checkpoints of a language model; with no option, of a small suite that it trains
+
+COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
+"""
 _DEFAULTS = "defaults"
 _RUNS = Path("runs")
 _BAD_INPUT = 2
@@ -261,6 +270,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"svf-lightning {__version__}")  # noqa: T201
         return 0
+    if given in (["--help"], ["-h"]):
+        print(_HELP)  # noqa: T201
+        return 0
     _quiet_the_libraries()
     try:
         cli = _run(given)
@@ -269,7 +281,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"svf-lightning: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return _BAD_INPUT
-    except DivergedError as error:
+    except (DivergedError, CheckpointError) as error:
         print(f"svf-lightning: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except _Interrupted as stop:
@@ -426,7 +438,7 @@ def _quiet_the_libraries() -> None:
 def _explain(message: str, command: str | None, known: list[str], files: list[str]) -> str:
     """The parser's message as: what was wrong, what is allowed, what to do."""
     if command is None:
-        commands = ", ".join(ToyCLI.subcommands())
+        commands = ", ".join(_COMMANDS)
         return f"no such command ({message}). Allowed: {commands}. Fix: try `python -m svf_lightning fit`."
     see = f"`python -m svf_lightning {command} --help` lists them"
     if found := re.match(r"unrecognized arguments: --(\S+)", message):

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Input that cannot be used. The command line prints it as one line and exits with code 2."""
 
 
+class CheckpointError(RuntimeError):
+    """One checkpoint cannot be had; the others may be fine. One line: which one, and why."""
+
+
 class DivergedError(ArithmeticError):
     """Every instance has a loss that is not finite: going on would only waste time."""
 

@@ -1,7 +1,7 @@
 """What evaluates: checkpoints of real language models, replayed through the callbacks that measure the toy model."""
 
+from svf_lightning.errors import CheckpointError
 from svf_lightning.replay.checkpoints import (
-    CheckpointError,
     CheckpointSource,
     FolderCheckpoints,
     GGUFCheckpoint,

@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 import torch
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,10 +71,6 @@ _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 _LOCKS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
 _T = TypeVar("_T")
-
-
-class CheckpointError(RuntimeError):
-    """One checkpoint cannot be had; the others may be fine. One line: which one, and why."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from svf_lightning import __version__
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value
 from svf_lightning.probe import AttendedScores, Coordinate, Intervene, Outcome, Probe
 from svf_lightning.replay.bridge import Processing, make_bridge
-from svf_lightning.replay.checkpoints import CheckpointError, CheckpointRef, LoadedCheckpoint
+from svf_lightning.replay.checkpoints import CheckpointRef, LoadedCheckpoint
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids

@@ -390,6 +390,29 @@ def test_the_exit_code_tells_that_a_checkpoint_is_missing(own_suite, command: Co
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "pythia_160m"])
+def test_without_a_network_a_hub_preset_says_so_in_one_line(preset, command: Command):
+    result = command(
+        "replay",
+        "--config",
+        preset,
+        "--data.source.init_args.retries=0",
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HOME="hub",
+    )
+    assert result.returncode == 1
+    assert "cannot be had" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (command.folder / "runs").exists()
+
+
+def test_help_names_every_command(command: Command):
+    result = command("--help")
+    assert result.returncode == 0
+    assert all(f"  {name} " in result.stdout for name in ("fit", "validate", "test", "replay"))
+    assert "replay" in command("repaly").stderr
+
+
 def test_two_devices_share_the_checkpoints(suite, command: Command):
     options = [*suite_options(suite), *SHORT, "--trainer.devices=2", "--trainer.strategy=ddp"]
     result = command("replay", *options)
