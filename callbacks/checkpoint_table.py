@@ -12,11 +12,11 @@ from svf_lightning.trajectory import has_trajectory, open_trajectory
 
 _COLUMNS = {
     "accuracy": "sad/accuracy",
-    "logit diff": "sad/logit_difference",
-    "attention": "sad/task/attention",
+    "logits": "sad/logit_difference",
+    "attn": "sad/task/attention",
     "S(v)": "sad/task/sparseness",
     "shared": "sad/task/sparseness_shared_rotation",
-    "independent": "sad/task/sparseness_independent_rotation",
+    "indep": "sad/task/sparseness_independent_rotation",
     "N_recon": "sad/attending/n_recon",
 }
 
@@ -47,7 +47,7 @@ class CheckpointTable(Callback):
             columns = {title: trajectory[name].values for title, name in _COLUMNS.items() if name in trajectory}
             table = Table(title="Checkpoints", title_justify="left")
             for title in ("step", *columns):
-                table.add_column(title, justify="right")
+                table.add_column(title, justify="right", no_wrap=True)
             for k, step in enumerate(trajectory["step"].values):
                 table.add_row(f"{step:,}", *(f"{values[k]:.3f}" for values in columns.values()))
             console.print(table)

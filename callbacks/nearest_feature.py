@@ -20,8 +20,9 @@ class NearestFeature(ProbeMetric):
         alignment/nearest_unwhitened_left, alignment/nearest_unwhitened_right: the same for Sigma u_1 and Sigma v_1,
         with Sigma = X X^T of the unit features (Theorem 1 backwards; method, section 4);
         alignment/unwhitened: with attended pairs, as alignment/matched, for Sigma u and Sigma v.
-    And alignment/nearest_random: mean over random directions, which nearness has to be compared with: of many features
-    in few dimensions one is always near.
+    And alignment/nearest_random, alignment/nearest_unwhitened_random: the same for random directions, mean, which
+    nearness has to be compared with: of many features in few dimensions one is always near, and un-whitening with few
+    features puts any direction into their span.
 
     Arrays: nearest/left_feature, nearest/right_feature (indices of the nearest features).
 
@@ -56,7 +57,11 @@ class NearestFeature(ProbeMetric):
         generator = torch.Generator().manual_seed(self.seed)
         random = torch.randn(D, self.n_random, generator=generator).to(X)
         chance = cosine_matrix(probe.features, random).amax(-2).mean(-1)
-        found["alignment/nearest_random"] = Measured(chance, (), (probe.feature_dims or ())[1:])
+        unit = unit_features(probe.features)
+        unwhitened = cosine_matrix(unit, _unwhitened(unit, random)).amax(-2).mean(-1)
+        own = (probe.feature_dims or ())[1:]
+        found["alignment/nearest_random"] = Measured(chance, (), own)
+        found["alignment/nearest_unwhitened_random"] = Measured(unwhitened, (), own)
         if len(probe.pairs):
             query, key = (X[..., probe.pairs[:, side]] for side in (0, 1))
             matched = align_pairs(

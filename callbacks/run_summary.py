@@ -32,6 +32,13 @@ _IN_TABLE = (
     "alignment/matched_min",
     "alignment/subspace",
     "alignment/unwhitened",
+    "alignment/nearest_left",
+    "alignment/nearest_right",
+    "alignment/nearest_random",
+    "alignment/nearest_unwhitened_left",
+    "alignment/nearest_unwhitened_right",
+    "alignment/nearest_unwhitened_random",
+    "orthogonality/interference",
     "alignment/logit_fidelity",
     "orthogonality/attended_vs_rest",
     "orthogonality/rest_vs_rest",
@@ -176,9 +183,9 @@ class RunSummary(Callback):
         console = Console()
         n = max((len(v) for v in metrics.values()), default=0)
         table = Table(title=f"{self.experiment}: {status} at step {summary['steps']:,}", title_justify="left")
-        table.add_column("metric", no_wrap=True)
+        table.add_column("metric", overflow="fold")
         for column in ("mean", "min", "max") if n > 1 else ("value",):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         extra = [n for n in sorted(metrics) if n.split("/")[0] in _PREFIXES_IN_TABLE and not _DETAIL.search(n)]
         for name in (*_IN_TABLE, *extra):
             if name in metrics:

@@ -2,7 +2,7 @@
 
     python docs/claims_table.py RUN_DIR [RUN_DIR ...]
 
-Numbers come from each run's summary.json; nothing is typed in by hand.
+Numbers come from each run's summary.json; nothing is typed in by hand. Rows of experiments that are not given stay.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from svf_lightning.run_dir import is_replay
 
 PAGE = Path(__file__).parent / "results.md"
 BEGIN, END = "<!-- claims: written by docs/claims_table.py -->", "<!-- end of claims -->"
@@ -27,18 +29,29 @@ def rows(run_dir: Path) -> list[str]:
         needed = claim["needed"].replace(", open question", "")
         words = claim["claim"].replace("|", "\\|")
         found.append(
-            f"| {claim['figure']} | `fit --config {summary['experiment']}` | {words} "
+            f"| {claim['figure']} | `{_command(run_dir, summary['experiment'])}` | {words} "
             f"| {measured} | {needed} | {answers[claim['holds']]} |"
         )
     return found
 
 
+def _command(run_dir: Path, experiment: str) -> str:
+    return f"{'replay' if is_replay(run_dir) else 'fit'} --config {experiment}"
+
+
 def main(run_dirs: list[str]) -> None:
-    """Replace the table in the page."""
+    """Replace the rows of these runs' experiments in the page; new experiments come last."""
     header = ["| paper | command | claim | measured | needed | holds |", "| --- | --- | --- | --- | --- | --- |"]
-    table = "\n".join([BEGIN, *header, *(row for run_dir in run_dirs for row in rows(Path(run_dir))), END])
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(before + table + rest.split(END)[1])
+    old, after = rest.split(END)
+    tables: dict[str, list[str]] = {}
+    for row in old.strip().splitlines()[len(header) :]:
+        tables.setdefault(row.split("|")[2].strip(), []).append(row)
+    for run_dir in run_dirs:
+        new = rows(Path(run_dir))
+        tables[new[0].split("|")[2].strip()] = new
+    table = "\n".join([BEGIN, *header, *(row for table in tables.values() for row in table), END])
+    PAGE.write_text(before + table + after)
 
 
 if __name__ == "__main__":

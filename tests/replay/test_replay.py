@@ -290,6 +290,8 @@ def test_proxy_features_are_embeddings_of_words_or_a_dictionary(suite, tmp_path)
     expected = (padded.T @ unwhitened).abs().max() / unwhitened.norm()
     assert float(rows["alignment/nearest_unwhitened_right"][1, 2]) == pytest.approx(float(expected), rel=1e-3)
     assert {"alignment/matched", "alignment/unwhitened"} <= set(rows.data_vars)
+    # few features: un-whitening puts any direction into their span, and the control says so
+    assert float(rows["alignment/nearest_unwhitened_random"]) > float(rows["alignment/nearest_random"])
     np.save(tmp_path / "dictionary.npy", X.numpy())
     model = CheckpointReplay(features=str(tmp_path / "dictionary.npy"))
     again = replay(source, tmp_path / "file", model=model, callbacks=extra).isel(step=0)
