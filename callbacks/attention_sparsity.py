@@ -42,6 +42,8 @@ class AttentionSparsity(ProbeMetric):
         n_task_heads: Heads that count as the task's.
         attending: Attention weight from which a head attends to the key, in (0, 1).
         keep_prompts: Keep the values of every pair in the trajectory.
+        every_n_steps: In a training, measure every n-th step and the last one; the rows between hold NaN. The rotations
+            cost more than all other metrics together.
 
     Raises:
         InputError: An option out of range.
@@ -54,7 +56,11 @@ class AttentionSparsity(ProbeMetric):
         n_task_heads: int = 3,
         attending: float = 0.5,
         keep_prompts: bool = True,
+        every_n_steps: int = 1,
     ) -> None:
+        if every_n_steps < 1:
+            raise bad_value("every_n_steps", every_n_steps, "an integer >= 1", "change the AttentionSparsity callback")
+        self.every_n_steps = every_n_steps
         if n_task_heads < 1:
             raise bad_value("n_task_heads", n_task_heads, "an integer >= 1", "change the AttentionSparsity callback")
         if not 0 < attending < 1:
@@ -85,9 +91,13 @@ class AttentionSparsity(ProbeMetric):
             scores = probe.attended_scores
             if scores is None:
                 return {}
+            steps = torch.as_tensor(probe.step).flatten()
+            due = steps % self.every_n_steps == 0
+            due[-1] = True  # of the block that is measured together, so the last step of a run is among them
             metric = self._metric()
-            _update(metric, scores)
-            return self._of_heads(metric.compute(), metric.rank)
+            _update(metric, scores if due.all() else scores.at_steps(due))
+            found = self._of_heads(metric.compute(), metric.rank)
+            return found if due.all() else {name: _spread(value, due) for name, value in found.items()}
         seen, rank = self._seen.compute(), self._seen.rank  # of the one step that the parts were of
         found = {**self._of_heads(seen, rank)}
         if self._errors:
@@ -164,6 +174,16 @@ def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
     if seen.attention is not None:
         found["attention"] = seen.attention.nanmean(-1)
     return found
+
+
+def _spread(value: Tensor | Measured, due: Tensor) -> Tensor | Measured:
+    """Values of the measured steps among rows of NaN (numbers that count: of -1)."""
+    if isinstance(value, Measured):
+        return value._replace(values=_spread(value.values, due))
+    empty = torch.nan if value.is_floating_point() else -1
+    rows = value.new_full((len(due), *value.shape[1:]), empty)
+    rows[due.to(rows.device)] = value
+    return rows
 
 
 def _small(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from svf_lightning.errors import bad_value
@@ -49,6 +49,11 @@ class AttendedScores:
     attention: Float[Tensor, "... n"] | None = None
     error: Float[Tensor, "..."] | None = None
     logit_difference: Float[Tensor, " n"] | None = None
+
+    def at_steps(self, chosen: Bool[Tensor, " K"]) -> AttendedScores:
+        """Scores of some of the K steps that the first dimension counts."""
+        chosen = chosen.to(self.query.device)
+        return replace(self, **{n: getattr(self, n)[chosen] for n in ("query", "key", "direction", "S")})
 
     @property
     def contributions(self) -> Float[Tensor, "... n R"]:

@@ -541,6 +541,9 @@ def sparsity_over_time(dataset: xr.Dataset, *, x_axis: XAxis = "linear") -> go.F
         ("alignment/matched", BLUE, "alignment of singular vectors", 2),
     )
     require(dataset, *(name for name, *_ in series), "singular_values", n_steps=2)
+    measured = np.isfinite(read(dataset, "sad/sparseness", "step", "instance")).any(1)
+    if measured.sum() >= 2:  # AttentionSparsity may look at every n-th step alone
+        dataset = dataset.isel(step=measured)
     figure, time = go.Figure(), Steps(dataset, x_axis)
     for name, colour, text, number in series:
         values = require_finite(name, read(dataset, name, "step", "instance"))

@@ -62,6 +62,20 @@ def test_sparseness_in_training_equals_a_dense_computation_from_the_stored_weigh
         assert float(rows["sad/n_recon_at_most_4"].isel(at)) == pytest.approx(float(share))
 
 
+def test_every_nth_step_and_the_last_one_are_measured_and_the_others_say_nothing(tmp_path):
+    options = {"model": {"n_attended": 9}, "data": {"feature_probability": 0.3}, "steps": 8}
+    for name, every in (("all", 1), ("some", 3)):
+        callbacks = [Capture(chunk=100), AttentionSparsity(n_draws=2, every_n_steps=every), TrajectoryWriter()]
+        train(tmp_path / name, callbacks=callbacks, **options)
+    every, some = (open_trajectory(tmp_path / name) for name in ("all", "some"))
+    measured = np.isfinite(some["sad/sparseness"].values).all(1)
+    assert {0, 3, 6, 8} <= set(some["step"].values[measured])
+    assert not measured[[1, 2]].any()
+    for name in ("sad/sparseness", "sad/sparseness_shared_rotation", "prompt/score"):
+        np.testing.assert_allclose(some[name][measured], every[name][measured], rtol=1e-4, atol=1e-6)
+    assert (some["prompt/n_recon"][~measured] == -1).all()
+
+
 def test_watching_the_sparseness_does_not_change_the_training(tmp_path):
     plain = train(tmp_path / "a", steps=5, callbacks=[], data={"feature_probability": 0.3})
     watched = train(
