@@ -178,12 +178,10 @@ def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
 
 def _spread(value: Tensor | Measured, due: Tensor) -> Tensor | Measured:
     """Values of the measured steps among rows of NaN (numbers that count: of -1)."""
-    if isinstance(value, Measured):
-        return value._replace(values=_spread(value.values, due))
-    empty = torch.nan if value.is_floating_point() else -1
-    rows = value.new_full((len(due), *value.shape[1:]), empty)
-    rows[due.to(rows.device)] = value
-    return rows
+    values = value.values if isinstance(value, Measured) else value
+    rows = values.new_full((len(due), *values.shape[1:]), torch.nan if values.is_floating_point() else -1)
+    rows[due.to(rows.device)] = values
+    return value._replace(values=rows) if isinstance(value, Measured) else rows
 
 
 def _small(values: Tensor) -> Tensor:
