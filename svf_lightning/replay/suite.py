@@ -15,9 +15,7 @@ import math
 import re
 import secrets
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -379,7 +377,7 @@ def _train(folder: Path, settings: SuiteSettings, progress: bool) -> float:
         settings.n_layers, settings.d_model, settings.n_heads, settings.learning_rate, seed=settings.seed
     )
     data = SuiteText(settings.batch_size, settings.seed)
-    with _quiet(), _no_trace():
+    with _quiet(), torch.random.fork_rng(devices=[]):
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -400,19 +398,6 @@ def _train(folder: Path, settings: SuiteSettings, progress: bool) -> float:
             raise
     with torch.no_grad():
         return float(model.eval().loss(data.draw(settings.max_steps)))
-
-
-@contextlib.contextmanager
-def _no_trace() -> Iterator[None]:
-    """Put back what a training leaves changed: the generator, and the signal handler that Lightning drops on Ctrl-C."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager
