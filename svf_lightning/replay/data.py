@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.replay.checkpoints import CheckpointRef, CheckpointSource
 from svf_lightning.replay.ledger import Ledger
 from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, ioi_prompts, read_prompts
+from svf_lightning.replay.source import CheckpointRef, CheckpointSource
 
 IOI = "ioi"
 

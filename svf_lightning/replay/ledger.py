@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svf_lightning.errors import InputError
-from svf_lightning.replay.checkpoints import CheckpointRef
+from svf_lightning.replay.source import CheckpointRef
 from svf_lightning.run_dir import write_json
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 

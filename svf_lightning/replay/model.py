@@ -17,11 +17,11 @@ from svf_lightning import __version__
 from svf_lightning.errors import CheckpointError, InputError, bad_value
 from svf_lightning.probe import AttendedScores, Coordinate, Intervene, Outcome, Probe
 from svf_lightning.replay.bridge import Processing, make_bridge
-from svf_lightning.replay.checkpoints import CheckpointRef, LoadedCheckpoint
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.ledger import Entry, Ledger, check_same_identity
+from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
 from svf_lightning.run_dir import IDENTITY, write_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

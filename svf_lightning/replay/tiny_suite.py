@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from svf_lightning.replay.checkpoints import CheckpointRef, CheckpointSource, FolderCheckpoints, LoadedCheckpoint
+from svf_lightning.replay.checkpoints import FolderCheckpoints
+from svf_lightning.replay.source import CheckpointRef, CheckpointSource, LoadedCheckpoint
 from svf_lightning.replay.suite import SuiteSettings, train_suite
 
 if TYPE_CHECKING:

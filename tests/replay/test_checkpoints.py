@@ -43,18 +43,16 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from svf_lightning.errors import InputError
-from svf_lightning.replay.checkpoints import (
-    PYTHIA_STEPS,
+from svf_lightning.replay import (
     CheckpointError,
-    CheckpointRef,
     CheckpointSource,
     FolderCheckpoints,
     GGUFCheckpoint,
     HubCheckpoints,
     ModelCheckpoints,
-    select_steps,
-    weight_hash,
 )
+from svf_lightning.replay.model_files import weight_hash
+from svf_lightning.replay.source import PYTHIA_STEPS, CheckpointRef, select_steps
 
 WORDS = ["[UNK]", "when", "mary", "and", "john", "went", "to", "the", "store"]
 SHAPE = {"vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
@@ -1010,7 +1008,7 @@ def test_nothing_is_left_when_the_source_is_gone_or_the_program_ends(hub, connec
     gc.collect()
     assert files_in(connect.cache) == []
     code = f"""
-from svf_lightning.replay.checkpoints import HubCheckpoints
+from svf_lightning.replay import HubCheckpoints
 source = HubCheckpoints({REPO!r}, "all", cache_dir={str(connect.cache)!r})
 source.fetch(source.refs()[0])
 print(sum(p.stat().st_size for p in __import__("pathlib").Path({str(connect.cache)!r}).rglob("*") if p.is_file()))
@@ -1305,9 +1303,7 @@ def test_a_source_is_made_from_yaml(tmp_path, name, arguments):
     arguments = {k: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v for k, v in arguments.items()}
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf")
     parser.add_argument("--source", type=CheckpointSource)
-    config = parser.parse_object(
-        {"source": {"class_path": f"svf_lightning.replay.checkpoints.{name}", "init_args": arguments}}
-    )
+    config = parser.parse_object({"source": {"class_path": f"svf_lightning.replay.{name}", "init_args": arguments}})
     source = parser.instantiate(config).source
     assert type(source).__name__ == name
     for key, value in arguments.items():
