@@ -12,6 +12,7 @@ from svf_lightning.callbacks.sharing import HeadSharing, PairSharing
 from svf_lightning.callbacks.svd_alignment import SVDAlignment
 from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
+from svf_lightning.callbacks.trial_writer import TrialWriter
 
 __all__ = [
     "AttentionSparsity",
@@ -32,4 +33,5 @@ __all__ = [
     "StepProgress",
     "TheoryGap",
     "TrajectoryWriter",
+    "TrialWriter",
 ]

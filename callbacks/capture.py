@@ -63,6 +63,35 @@ class Rows:
             if dims == batch[: len(dims)] and values.dtype.kind in "biuf"
         }
 
+    def of_instances(self, instances: slice) -> Rows:
+        """The same rows of some instances; what no instance has of its own stays."""
+
+        def cut(dims: tuple[str, ...], values: np.ndarray, first: int) -> tuple[tuple[str, ...], np.ndarray]:
+            return (dims, values[(slice(None),) * first + (instances,)] if dims[:1] == ("instance",) else values)
+
+        return replace(
+            self,
+            values={name: cut(dims, values, 1) for name, (dims, values) in self.values.items()},
+            coords={name: cut(dims, values, 0) for name, (dims, values) in self.coords.items()},
+        )
+
+    def to_log(self, *, every: int, last: int) -> list[tuple[int, dict[str, float]]]:
+        """What a logger gets: of every n-th training step and of the last one, mean, min and max over the batch.
+
+        Returns:
+            (step, one dictionary) for each of these steps.
+        """
+        picked = [k for k, step in enumerate(self.steps) if step % every == 0 or step == last]
+        columns: dict[str, np.ndarray] = {}
+        for name, values in self.scalars().items() if picked else ():
+            columns[name], low, high = statistics(values[picked], self.batch_dims)
+            if values.ndim > 1:
+                columns |= {f"{name}/min": low, f"{name}/max": high}
+        return [
+            (int(self.steps[k]), {name: float(column[row]) for name, column in columns.items()})
+            for row, k in enumerate(picked)
+        ]
+
 
 def statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, smallest and largest value over the batch dimensions [K, ...] -> [K] each.
@@ -417,23 +446,13 @@ class Capture(Callback):
         return Rows(np.asarray(probe.step), values, batch, coords)
 
     def _log(self, rows: Rows, trainer: Trainer) -> None:
-        """One dictionary per logged step: mean over the batch dimensions, and min and max beside it."""
-        if not trainer.loggers:
-            return
+        """One dictionary per logged step."""
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        last = trainer.max_steps if trainer.state.fn == "fit" else rows.steps[-1]
-        picked = [k for k, step in enumerate(rows.steps) if step % every == 0 or step == last]
-        if not picked:
-            return
-        columns: dict[str, np.ndarray] = {}
-        for name, values in rows.scalars().items():
-            columns[name], low, high = statistics(values[picked], rows.batch_dims)
-            if values.ndim > 1:
-                columns |= {f"{name}/min": low, f"{name}/max": high}
-        for row, k in enumerate(picked):
-            metrics = {name: float(column[row]) for name, column in columns.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=int(rows.steps[k]))
+        last = trainer.max_steps if trainer.state.fn == "fit" else int(rows.steps[-1])
+        if trainer.loggers:
+            for step, metrics in rows.to_log(every=every, last=last):
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step=step)
 
     def _log_others(self, trainer: Trainer) -> None:
         """Log what the other devices measured: only the first one has a logger."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,34 +99,22 @@ class RunSummary(Callback):
 
     def _write(self, trainer: Trainer, status: str) -> None:
         first, metrics = self._measured(trainer)
-        self.verdicts = [judge(claim, {**self._settings(trainer), **metrics}, first) for claim in self.claims]
-        run_dir = Path(self.run_dir or trainer.default_root_dir)
-        summary = {
-            "experiment": self.experiment,
-            "status": status,
-            "steps": self._last_step(trainer),
-            "seconds": round(time.monotonic() - self._start, 3),
-            "versions": versions(),
-            "metrics": {
-                name: {
-                    **dict(zip(("mean", "min", "max"), _statistics(values, self._batch_dims(trainer)), strict=True)),
-                    "per_instance": [float(v) for v in values],
-                }
-                for name, values in sorted(metrics.items())
-            },
-            "claims": [verdict.as_dict() for verdict in self.verdicts],
-        }
-        write_json(run_dir / SUMMARY, summary)
-        dynamics = {
-            key: value
-            for name in _DYNAMICS
-            if name in metrics
-            for key, value in ((name, np.mean(metrics[name])), (f"{name}/min", np.min(metrics[name])),
-                               (f"{name}/max", np.max(metrics[name])))
-        }  # fmt: skip
+        summary, self.verdicts = summarize(
+            Path(self.run_dir or trainer.default_root_dir),
+            experiment=self.experiment,
+            claims=self.claims,
+            status=status,
+            steps=self._last_step(trainer),
+            seconds=time.monotonic() - self._start,
+            first=first,
+            metrics=metrics,
+            settings=self._settings(trainer),
+            batch_dims=self._batch_dims(trainer),
+        )
+        dynamics = dynamics_to_log(metrics)
         if dynamics:
             for logger in trainer.loggers:
-                logger.log_metrics({k: float(v) for k, v in dynamics.items()}, step=summary["steps"])  # type: ignore[arg-type]
+                logger.log_metrics(dynamics, step=summary["steps"])
         self._print(trainer, status, metrics, summary)
 
     def _batch_dims(self, trainer: Trainer) -> tuple[str, ...]:
@@ -157,20 +146,16 @@ class RunSummary(Callback):
         trajectory = open_trajectory(run_dir)
         batch_dims = trajectory.attrs["batch_dims"]
         scalars = {
-            name: variable
+            str(name): variable
             for name, variable in trajectory.data_vars.items()
             if variable.dims[1:] == batch_dims[: variable.ndim - 1] and variable.dtype.kind in "biuf"
         }
-        first = {str(n): _per_instance(v[:1].values, batch_dims)[0] for n, v in scalars.items()}
-        if last is None or trajectory["step"].values[-1] != last.steps[-1]:
-            # the last step was measured earlier, or by another device
-            metrics = {str(n): _per_instance(v[-1:].values, batch_dims)[0] for n, v in scalars.items()}
+        first, final = first_and_last(scalars, batch_dims)
+        steps = trajectory["step"].values
+        if last is None or steps[-1] != last.steps[-1]:
+            metrics = final  # the last step was measured earlier, or by another device
         if trainer.state.fn == "fit":
-            steps = torch.tensor(trajectory["step"].values)
-            for name, source in _DYNAMICS.items():
-                if source in trajectory:
-                    series = torch.tensor(_per_instance(trajectory[source].values, batch_dims))
-                    metrics[name] = time_of_change(series, steps).numpy()
+            metrics |= dynamics(scalars, steps, batch_dims)
         return first, metrics
 
     def _print(self, trainer: Trainer, status: str, metrics: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
@@ -212,6 +197,89 @@ class RunSummary(Callback):
             measured = "not measured" if v.measured is None else _number(v.measured)
             claims.add_row(Text(v.claim), Text(v.figure), measured, Text(v.needed), holds)
         console.print(claims)
+
+
+def summarize(
+    run_dir: Path,
+    *,
+    experiment: str,
+    claims: Sequence[Claim],
+    status: str,
+    steps: int,
+    seconds: float,
+    first: Mapping[str, np.ndarray],
+    metrics: Mapping[str, np.ndarray],
+    settings: Mapping[str, np.ndarray],
+    batch_dims: tuple[str, ...],
+) -> tuple[dict[str, Any], list[Verdict]]:
+    """Judge a run's claims and write its summary.json.
+
+    Args:
+        run_dir: The run directory.
+        experiment: Name of the experiment.
+        claims: What the paper says.
+        status: "finished", "interrupted" or "failed".
+        steps: Training step of the last row.
+        seconds: How long the run took.
+        first: Values of the first row by metric, one per instance.
+        metrics: Those of the last row.
+        settings: What the instances differ in.
+        batch_dims: The module's own dimensions.
+
+    Returns:
+        What was written, and the verdicts.
+    """
+    verdicts = [judge(claim, {**settings, **metrics}, first) for claim in claims]
+    summary = {
+        "experiment": experiment,
+        "status": status,
+        "steps": steps,
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+        "metrics": {
+            name: {
+                **dict(zip(("mean", "min", "max"), _statistics(values, batch_dims), strict=True)),
+                "per_instance": [float(v) for v in values],
+            }
+            for name, values in sorted(metrics.items())
+        },
+        "claims": [verdict.as_dict() for verdict in verdicts],
+    }
+    write_json(run_dir / SUMMARY, summary)
+    return summary, verdicts
+
+
+def first_and_last(
+    scalars: Mapping[str, Any], batch_dims: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values of the first and of the last row, one per instance, of columns [K, *batch] (anything that slices)."""
+    ends = slice(None, 1), slice(-1, None)
+    first, last = (
+        {name: _per_instance(np.asarray(values[end]), batch_dims)[0] for name, values in scalars.items()}
+        for end in ends
+    )
+    return first, last
+
+
+def dynamics(scalars: Mapping[str, Any], steps: np.ndarray, batch_dims: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """``dynamics/t_align`` and ``dynamics/t_ortho`` of columns [K, *batch]: training steps, one per instance."""
+    return {
+        name: time_of_change(
+            torch.tensor(_per_instance(np.asarray(scalars[source]), batch_dims)), torch.tensor(steps)
+        ).numpy()
+        for name, source in _DYNAMICS.items()
+        if source in scalars
+    }
+
+
+def dynamics_to_log(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What loggers get of the dynamics, which are known at the end: mean, min and max over instances."""
+    return {
+        f"{name}{suffix}": float(of(metrics[name]))
+        for name in _DYNAMICS
+        if name in metrics
+        for suffix, of in (("", np.mean), ("/min", np.min), ("/max", np.max))
+    }
 
 
 def _per_instance(values: np.ndarray, batch_dims: tuple[str, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m svf_lightning fit | validate | test | replay``."""
+"""The command line: ``python -m svf_lightning fit | validate | test | replay | sweep | report``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ _HELP = """usage: python -m svf_lightning COMMAND [options]
   validate  measure a checkpoint of the toy model on held-out draws
   test      the same on other held-out draws
   replay    measure the training checkpoints of a language model; with no option, of a small suite that it trains
+  sweep     run every trial of a W&B sweep file, without the W&B cloud
+  report    the table and the figures of a sweep's directory
 
 COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
 """
@@ -124,11 +126,7 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run directory, and tell it to everything that writes."""
         config = self.config[self.subcommand]
-        parser = self._parser(self.subcommand)
-        settings = Namespace(  # type: ignore[no-untyped-call]
-            {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
-        )
-        self.config_text = parser.dump(settings, skip_none=False, skip_validation=True)
+        self.config_text = self.resolved()
         self.run_dir = self._choose_run_dir(config)
         experiment = config.experiment
         where = str(self.run_dir)
@@ -152,6 +150,15 @@ class RunCLI(LightningCLI):
                     entry.init_args.claims = experiment.claims
             if entry.class_path.endswith(".ModelCheckpoint") and entry.init_args.dirpath is None:
                 entry.init_args.dirpath = str(self.run_dir / "checkpoints")
+
+    def resolved(self) -> str:
+        """The settings that were parsed, as YAML that repeats the run; where it goes is not a setting."""
+        config = self.config[self.subcommand]
+        settings = Namespace(  # type: ignore[no-untyped-call]
+            {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
+        )
+        text: str = self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        return text
 
     def _choose_run_dir(self, config: Namespace) -> Path:
         """Directory of this run, free or one that the run goes on in."""
@@ -224,6 +231,34 @@ class ToyCLI(RunCLI):
     before_fit = before_validate = before_test = _begin_run
 
 
+class FitSettings(ToyCLI):
+    """What `fit` makes of a command line, without doing it; the parser is built once."""
+
+    def __init__(self) -> None:
+        super().__init__(ToyAttentionModel, ToyData, **_options(["fit"]), parser_kwargs=_parser_kwargs(ToyCLI))
+
+    def of(self, args: Sequence[str]) -> str:
+        """The resolved settings of ``fit ARGS``, YAML.
+
+        Raises:
+            InputError: The arguments cannot be used.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.parse_arguments(self.parser, _with_preset(["fit", *args]))
+        return self.resolved()
+
+    def _set_seed(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: only the settings are of interest."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
 class ReplayCLI(RunCLI):
     """The command that replays checkpoints of real models."""
 
@@ -275,7 +310,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     _quiet_the_libraries()
     try:
-        cli = _run(given)
+        if given[:1] and given[0] in ("sweep", "report"):
+            from svf_lightning.sweep import command
+
+            place, code = (command.sweep_command if given[0] == "sweep" else command.report_command)(given[1:])
+        else:
+            cli = _run(given)
+            place, code = cli.run_dir, cli.exit_code
     except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("SVF_DEBUG") == "1":
             raise
@@ -287,21 +328,16 @@ def main(args: Sequence[str] | None = None) -> int:
     except _Interrupted as stop:
         print(stop.run_dir)  # noqa: T201
         return _INTERRUPTED
+    except KeyboardInterrupt:  # a sweep has said where it stands
+        return _INTERRUPTED
     except SystemExit as stop:  # --help, --print_config
         return int(stop.code or 0)
-    print(cli.run_dir)  # noqa: T201
-    return cli.exit_code
+    print(place)  # noqa: T201
+    return code
 
 
 def _run(args: list[str]) -> RunCLI:
     """Run the command that the arguments name."""
-    options: dict[str, Any] = {
-        "save_config_callback": None,
-        "seed_everything_default": 0,
-        "auto_configure_optimizers": False,
-        "load_from_checkpoint_support": False,
-        "args": _with_preset(args),
-    }
     if next((a for a in args if a in _COMMANDS), None) == "replay":
         from svf_lightning.replay import CheckpointReplay, ReplayData
         from svf_lightning.replay.trainer import ReplayTrainer
@@ -311,9 +347,31 @@ def _run(args: list[str]) -> RunCLI:
             ReplayData,
             trainer_class=ReplayTrainer,
             parser_kwargs=_parser_kwargs(ReplayCLI),
-            **options,
+            **_options(args),
         )
-    return ToyCLI(ToyAttentionModel, ToyData, parser_kwargs=_parser_kwargs(ToyCLI), **options)
+    return ToyCLI(ToyAttentionModel, ToyData, parser_kwargs=_parser_kwargs(ToyCLI), **_options(args))
+
+
+def fit(args: Sequence[str]) -> None:
+    """Run ``fit`` inside a Python program.
+
+    Raises:
+        InputError: The arguments cannot be used.
+        DivergedError: Every instance diverged.
+    """
+    _quiet_the_libraries()
+    _run(["fit", *args])
+
+
+def _options(args: list[str]) -> dict[str, Any]:
+    """What all commands have in common."""
+    return {
+        "save_config_callback": None,
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+        "args": _with_preset(args),
+    }
 
 
 def _parser_kwargs(cli: type[ToyCLI | ReplayCLI]) -> dict[str, Any]:

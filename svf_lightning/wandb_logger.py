@@ -21,6 +21,8 @@ _SUMMARIES = "last,min,max"
 class RunLogger(WandbLogger):
     """Lightning's W&B logger, made for runs that must not depend on it.
 
+    Inside a trial of a W&B agent, id, project, entity and group are the sweep's.
+
     Without an API key the run is kept offline in ``save_dir/wandb``, and one line says how to upload it. Whatever W&B
     raises is reported once and then left alone. Plots use the training step as x-axis; summaries keep the last, the
     smallest and the largest value of every metric.
@@ -36,6 +38,7 @@ class RunLogger(WandbLogger):
         run_id: W&B's id of the run; the same id goes on with the same run.
         save_dir: Directory in which W&B makes its folder ``wandb/``.
         mode: "online", "offline" or "disabled"; null: what WANDB_MODE says, else online if there is an API key.
+        quiet: Do not say where the W&B run is.
     """
 
     def __init__(
@@ -50,7 +53,11 @@ class RunLogger(WandbLogger):
         run_id: str | None = None,
         save_dir: str = ".",
         mode: Literal["online", "offline", "disabled"] | None = None,
+        quiet: bool = False,
     ) -> None:
+        if os.environ.get("WANDB_SWEEP_ID"):
+            # an agent's trial: the sweep has decided which run of which project this is
+            run_id = project = entity = group = None  # type: ignore[assignment]
         super().__init__(
             name=name,
             save_dir=save_dir,
@@ -65,6 +72,7 @@ class RunLogger(WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # Lightning still passes it; wandb warns about it
         self._mode = mode or _mode_from_environment()
+        self._quiet = quiet
         self._defined: set[str] = set()
         self._complained = False
 
@@ -77,8 +85,11 @@ class RunLogger(WandbLogger):
         return self._experiment
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Store the resolved configuration of the run."""
-        self._guard(lambda: self.experiment.config.update(dict(config), allow_val_change=True))
+        """Store the resolved configuration of the run, by dotted names (``model.lambda_attn``).
+
+        They are the names that a sweep's parameters have, so a trial's configuration has every value once.
+        """
+        self._guard(lambda: self.experiment.config.update(_dotted(config), allow_val_change=True))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Store hyper-parameters beside the configuration."""
@@ -99,7 +110,7 @@ class RunLogger(WandbLogger):
         offline_dir = Path(run.dir).parent if getattr(run, "offline", False) else None
         self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1))
         self._experiment = None
-        if offline_dir is not None and not getattr(run, "disabled", False):
+        if offline_dir is not None and not self._quiet and not getattr(run, "disabled", False):
             say(f"W&B: kept offline; to upload it: wandb sync {_shortest(offline_dir)}")
 
     def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
@@ -121,7 +132,7 @@ class RunLogger(WandbLogger):
                 Path(self._save_dir or ".").mkdir(parents=True, exist_ok=True)
                 run = wandb.init(**self._wandb_init, mode=mode, settings=settings, reinit="create_new")
                 run.define_metric(STEP_METRIC, hidden=True)
-                if mode == "online":
+                if mode == "online" and not self._quiet:
                     say(f"W&B: {run.url}")
                 return run
             except Exception as error:
@@ -139,6 +150,17 @@ class RunLogger(WandbLogger):
             self._complained = True
             reason = " ".join(str(error).split()) or type(error).__name__
             say(f"W&B: not available ({reason}); the run goes on, its run directory has everything")
+
+
+def _dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level; lists stay as they are."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= _dotted(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def say(line: str) -> None:

@@ -51,7 +51,8 @@ class Command:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_API", "SVF_"))}
+        # without this process's W&B service, which its children would share
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "_WANDB", "SVF_"))}
         self.environment |= {"WANDB_MODE": "offline", "COLUMNS": "100", "HOME": str(folder.parent)}
         self.environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin starve each other where CI is busy
 

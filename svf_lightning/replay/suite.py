@@ -2,7 +2,7 @@
 
 Pythia in small: the same architecture (GPT-NeoX with partial rotary positions, parallel blocks, biases and untied
 embeddings) and early steps, in Hugging Face format, trained on sentences such as "When Mary and John went to the store,
-John gave a drink to Mary." in about a minute on two CPU cores.
+John gave a drink to Mary." in one to two minutes on two CPU cores.
 """
 
 from __future__ import annotations

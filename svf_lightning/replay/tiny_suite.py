@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TinySuite(CheckpointSource):
     """A small GPT-NeoX trained on IOI text, with its checkpoints at Pythia-like steps.
 
-    Trained into ``folder`` if it is not there yet (about a minute on two cores); kept for the next call.
+    Trained into ``folder`` if it is not there yet (one to two minutes on two cores); kept for the next call.
 
     Args:
         folder: Where the suite is, or will be.

@@ -51,7 +51,8 @@ class ToyData(pl.LightningDataModule):
         context_length: m, keys per query; 0 for a template without a head.
         feature_probability: p, probability that a feature is active in a token, in (0, 1]. One value or one per
             instance.
-        seed: Seed of the draws; with separate streams, instance i uses seed + i, or the i-th of a list.
+        seed: Seed of the draws; with separate streams, instance i uses seed + i, or the i-th of a list. Instances with
+            the same seed see one stream.
         streams: "shared": all instances see one stream of draws, each with its own p, so that differences between
             them owe nothing to sampling noise. "separate": each instance draws its own data, from its own seed.
         held_out_batches: Batches of ``batch_size`` sequences that ``validate`` and ``test`` average over.
@@ -90,9 +91,14 @@ class ToyData(pl.LightningDataModule):
             else instance_seeds(seed, 1, key="data.seed")
         )
         self.streams = streams
-        p = self.feature_probability.float()
-        self._same_p = bool((p == p[0]).all())
-        self._p = p[0] if self._same_p else p[:, None, None, None]
+        seeds = list(self.seeds) * (n_instances if streams == "shared" else 1)
+        settings = list(zip(seeds, self.feature_probability.tolist(), strict=True))
+        # instances with the same seed and the same p see the same numbers: these are drawn once
+        distinct = list(dict.fromkeys(settings))
+        self._drawn_seeds = list(dict.fromkeys(seeds))
+        self._seed_of = [self._drawn_seeds.index(seed) for seed, _ in distinct]
+        self._p = torch.tensor([p for _, p in distinct]).float()[:, None, None, None]
+        self._draw_of = [distinct.index(setting) for setting in settings]
 
     def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "I B m1 N"]:
         """The activations of one step [I or 1, B, 1 + m, N], float32 in [0, 1)."""
@@ -100,10 +106,15 @@ class ToyData(pl.LightningDataModule):
         uniform = torch.stack(
             [
                 torch.rand(shape, generator=keyed_generator(seed, stream, step, device=device), device=device)
-                for seed in self.seeds
+                for seed in self._drawn_seeds
             ]
         )
-        return sparse_activations(uniform, self._p.to(device))
+        if 1 < len(uniform) < len(self._seed_of):
+            uniform = uniform[self._seed_of]
+        f = sparse_activations(uniform, self._p.to(device))
+        if len(f) in (1, self.n_instances):
+            return f
+        return f[self._draw_of]
 
     def observed(self, n_sequences: int, *, device: torch.device | str = "cpu") -> Float[Tensor, "I n m1 N"]:
         """Activations of the first sequences of a held-out draw that is the same in every run of this seed.

@@ -17,6 +17,7 @@ from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Coordinate, Probe
 from svf_lightning.toy.features import ToyData
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
+from svf_lightning.toy.optimizer import InstanceAdam
 from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
 from svf_lightning.toy.weights import FEATURE_KINDS, initial_features, initial_head
 
@@ -37,7 +38,7 @@ class ToyAttentionModel(pl.LightningModule):
 
     Args:
         n_features: N, number of features.
-        d_model: D, dimension of a token.
+        d_model: D, dimension of a token; null for half of n_features.
         d_head: H, dimension of queries and keys of one head; null for d_model.
         n_heads: Heads whose logits are added.
         context_length: m, keys per query; only looked at with ``rope``. (Follows data.context_length on the command
@@ -70,7 +71,7 @@ class ToyAttentionModel(pl.LightningModule):
         n_attended: Held-out query-key pairs whose key carries the feature that the query attends to, shown by the probe
             for callbacks that decompose their scores.
         optimizer: "adam" or "adamw".
-        learning_rate: Peak learning rate, > 0.
+        learning_rate: Peak learning rate, > 0. One value or one per instance.
         weight_decay: Decoupled weight decay, >= 0; only with adamw.
         lr_schedule: "constant", or "cosine" or "linear" decay to 0 over trainer.max_steps.
 
@@ -81,7 +82,7 @@ class ToyAttentionModel(pl.LightningModule):
     def __init__(
         self,
         n_features: int = 20,
-        d_model: int = 10,
+        d_model: int | None = 10,
         d_head: int | None = None,
         n_heads: int = 1,
         context_length: int = 8,
@@ -104,14 +105,14 @@ class ToyAttentionModel(pl.LightningModule):
         n_observed: int = 0,
         n_attended: int = 0,
         optimizer: Literal["adam", "adamw"] = "adam",
-        learning_rate: float = 1e-3,
+        learning_rate: PerInstance = 1e-3,
         weight_decay: float = 0.0,
         lr_schedule: Literal["constant", "cosine", "linear"] = "constant",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         N = at_least("n_features", n_features, 1, key="model.n_features")
-        D = at_least("d_model", d_model, 1, key="model.d_model")
+        D = at_least("d_model", N // 2 if d_model is None else d_model, 1, key="model.d_model")
         H = at_least("d_head", D if d_head is None else d_head, 1, key="model.d_head")
         I = at_least("n_instances", n_instances, 1, key="model.n_instances")  # noqa: E741 (the method's symbol)
         self.n_features, self.d_model, self.d_head, self.n_instances = N, D, H, I
@@ -140,12 +141,11 @@ class ToyAttentionModel(pl.LightningModule):
             raise bad_value("n_attended", n_attended, "0 with rope or without a head", "set --model.n_attended=0")
         per_instance("rope_base", rope_base, 1, low=1, open_low=True)
         self.rope, self.rope_base, self.target_position = rope, rope_base, target_position
-        per_instance("learning_rate", learning_rate, 1, low=0, open_low=True)
+        self.learning_rates = per_instance("learning_rate", learning_rate, I, low=0, open_low=True)
         per_instance("weight_decay", weight_decay, 1, low=0)
         if weight_decay and optimizer == "adam":
             raise bad_value("weight_decay", weight_decay, "0 with adam", "set --model.optimizer=adamw")
-        self.optimizer_name, self.learning_rate = optimizer, learning_rate
-        self.weight_decay, self.lr_schedule = weight_decay, lr_schedule
+        self.optimizer_name, self.weight_decay, self.lr_schedule = optimizer, weight_decay, lr_schedule
         lambdas = per_instance("lambda_attn", lambda_attn, I, low=0)
         weights = _importance(importance, N, I)
         self._weigh_features = bool((weights != 1).any())
@@ -363,13 +363,17 @@ class ToyAttentionModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam or AdamW with the schedule, stepped after every update."""
-        options: dict[str, Any] = {"lr": self.learning_rate, "fused": True}
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        options: dict[str, Any] = {
+            "weight_decay": self.weight_decay,
+            "decoupled_weight_decay": self.optimizer_name == "adamw",
+        }
+        rates = self.learning_rates
         optimizer: torch.optim.Optimizer
-        if self.optimizer_name == "adamw":
-            optimizer = torch.optim.AdamW(trained, weight_decay=self.weight_decay, **options)
+        if bool((rates == rates[0]).all()):
+            optimizer = torch.optim.Adam(trained, lr=rates[0].item(), fused=True, **options)
         else:
-            optimizer = torch.optim.Adam(trained, **options)
+            optimizer = InstanceAdam(trained, rates, **options)
         if self.lr_schedule == "constant":
             return optimizer
         total = self.trainer.max_steps

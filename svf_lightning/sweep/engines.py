@@ -1,0 +1,185 @@
+"""Where cohorts train: processes of this machine, or a Ray cluster."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svf_lightning.errors import InputError
+from svf_lightning.sweep.cohort import Member, train
+
+Cohort = Sequence[Member]
+Outcome = tuple[Cohort, str | None]  # a cohort that was tried, and why it failed
+
+_BREAKS = 3  # so often may worker processes die before the sweep gives up
+_DIED = "its process was killed (out of memory?); a smaller --memory_gb makes smaller cohorts"
+
+
+def attempt(members: Cohort, log: Path | None = None) -> str | None:
+    """Train a cohort; what it would print goes to a file.
+
+    Returns:
+        None, or one line that says why it failed.
+    """
+    with open(log or os.devnull, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            train(members)
+        except Exception as error:
+            # whatever a trial, or a callback of the user's, raises: the others go on
+            return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def run_local(cohorts: Sequence[Cohort], *, jobs: int, log: Path) -> Iterator[Outcome]:
+    """Train cohorts in processes of this machine, ``jobs`` at a time; each has its share of the cores.
+
+    Yields:
+        Cohorts as they end. One that failed is tried again trial by trial, so that a trial fails alone.
+    """
+    n_threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting, breaks = [list(cohort) for cohort in cohorts], 0
+    while waiting:
+        pool = ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(n_threads,)
+        )
+        try:
+            running = {pool.submit(attempt, cohort, log): cohort for cohort in waiting}
+            waiting, broken = [], False
+            for future in as_completed(running):
+                cohort = running[future]
+                try:
+                    error = future.result()
+                except BrokenProcessPool:
+                    broken = True
+                    waiting += [cohort] if len(cohort) == 1 else [cohort[::2], cohort[1::2]]
+                    continue
+                if error is not None and len(cohort) > 1:
+                    waiting += [[member] for member in cohort]
+                else:
+                    yield cohort, error
+            pool.shutdown()
+        except BaseException:  # Ctrl-C, or the caller stops listening
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # Lightning makes of SIGTERM the wish to stop after this batch
+            raise
+        breaks += broken
+        if breaks > _BREAKS:
+            for cohort in waiting:
+                yield cohort, _DIED
+            return
+
+
+def _begin_worker(n_threads: int) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    torch.set_num_threads(n_threads)
+
+
+def run_ray(
+    cohorts: Sequence[Cohort], *, address: str | None, cpus: float, gpus: float, log: Path
+) -> Iterator[Outcome]:
+    """Train cohorts as tasks of a Ray cluster, which need not share a file system with this machine.
+
+    Args:
+        cohorts: What to train.
+        address: Of the cluster; None starts one on this machine.
+        cpus: Cores per cohort.
+        gpus: GPUs per cohort.
+        log: File for what the tasks print.
+
+    Yields:
+        Cohorts as they end; the run directories have arrived then.
+
+    Raises:
+        InputError: Ray is not installed, or the cluster does not answer.
+    """
+    try:
+        import ray
+    except ImportError as absent:
+        raise InputError(
+            "--engine ray needs Ray, which is not installed. Fix: pip install 'svf-lightning[ray]', here and on the "
+            "nodes; or use --engine local."
+        ) from absent
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as unreachable:
+        raise InputError(
+            f"--ray_address={address!r}: no Ray cluster answers there ({' '.join(str(unreachable).split())[:200]}). "
+            "Fix: check the address, or leave it out to start one on this machine."
+        ) from unreachable
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_remote)
+    try:
+        waiting = {task.remote(cohort, max(1, int(cpus))): cohort for cohort in map(list, cohorts)}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            cohort = waiting.pop(done)
+            try:
+                error, printed, archives = ray.get(done)
+            except ray.exceptions.RayError as lost:
+                error, printed, archives = f"its task was lost ({' '.join(str(lost).split())[:200]})", "", {}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(printed)
+            if error is not None and len(cohort) > 1:
+                waiting |= {task.remote([member], max(1, int(cpus))): [member] for member in cohort}
+                continue
+            for member in cohort:
+                if member.id in archives:
+                    _unpack(archives[member.id], member.run_dir)
+            yield cohort, error
+    finally:
+        ray.shutdown()
+
+
+def _remote(cohort: list[Member], n_threads: int) -> tuple[str | None, str, dict[str, bytes]]:
+    """Train a cohort in a folder of the node, and send the run directories back."""
+    import torch
+
+    torch.set_num_threads(n_threads)
+    folder = Path(tempfile.mkdtemp(prefix="svf-sweep-"))
+    try:
+        log = folder / "log.txt"
+        here = [replace(member, run_dir=folder / member.run_dir.name) for member in cohort]
+        error = attempt(here, log)
+        archives = {member.id: _packed(member.run_dir) for member in here if member.run_dir.is_dir()}
+        return error, log.read_text(encoding="utf-8"), archives
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        # W&B's logs are links to files of the node
+        archive.add(folder, arcname=".", filter=lambda entry: None if entry.issym() else entry)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes, folder: Path) -> None:
+    """Replace a run directory by the one that arrived, at once."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(draft, filter="data")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def default_memory_bytes(jobs: int) -> float:
+    """Half of the memory that is free now, shared among the jobs."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 2 / jobs

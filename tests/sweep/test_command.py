@@ -1,0 +1,219 @@
+"""The commands `sweep` and `report`, and `fit` as a W&B agent starts it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import Command
+
+from svf_lightning.errors import InputError
+from svf_lightning.sweep.command import sweep
+from svf_lightning.sweep.results import Sweep, report
+
+COMMAND = ["${env}", "${interpreter}", "-m", "svf_lightning", "fit", "--config", "robust_seed", "${args}"]
+SHORT = {
+    "model.n_instances": {"value": 1},
+    "trainer.max_steps": {"value": 20},
+    "capture.every_n_steps": {"value": 5},
+    "data.batch_size": {"value": 16},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(parameters, **others):
+        path = tmp_path / "few.yaml"
+        content = {
+            "method": "grid",
+            "project": "svf-lightning",
+            "command": COMMAND,
+            "parameters": {**parameters, **SHORT},
+        }
+        path.write_text(yaml.safe_dump({**content, **others}, sort_keys=False))
+        return path
+
+    return write
+
+
+LAMBDA = {"model.lambda_attn": {"values": [1.0, 10.0]}, "seed_everything": {"values": [0, 1]}}
+
+
+def test_a_sweep_runs_every_trial_once_and_goes_on_with_what_is_missing(file, command: Command, tmp_path):
+    path = file(LAMBDA)
+    result = command("sweep", path, "--jobs=1")
+    assert result.returncode == 0, result.stderr
+    folder = command.folder / result.stdout.splitlines()[-1]
+    assert folder == command.folder / "runs" / "sweeps" / "few"
+    summaries = sorted(folder.glob("trials/*/summary.json"))
+    assert len(summaries) == 4
+    written = [path.stat().st_mtime_ns for path in summaries]
+    rows = list(csv.DictReader((folder / "cells.csv").open()))
+    assert [(row["model.lambda_attn"], row["n"]) for row in rows] == [("1.0", "2"), ("10.0", "2")]
+    assert len(list(csv.DictReader((folder / "trials.csv").open()))) == 4
+    assert (folder / "cells.md").read_text().startswith("| lambda_attn | n | failed | missing |")
+    # one more value: only its trials are run
+    again = command("sweep", file({**LAMBDA, "model.lambda_attn": {"values": [1.0, 10.0, 3.0]}}), "--jobs=1")
+    assert "6 trials, 4 done before, 2 to run" in again.stderr
+    assert [path.stat().st_mtime_ns for path in summaries] == written
+    table = command("report", folder, "--below=0.5")
+    assert table.returncode == 0, table.stderr
+    assert "6 done, 0 failed, 0 missing" in table.stdout
+    assert table.stdout.splitlines()[-1] == str(folder)
+
+
+def test_a_dry_run_prints_command_lines_and_writes_nothing(file, command: Command):
+    result = command("sweep", file(LAMBDA), "--dry_run")
+    assert result.returncode == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("python -m svf_lightning fit")]
+    assert len(lines) == 4
+    assert "--model.lambda_attn=10.0 --seed_everything=1 --model.n_instances=1" in lines[-1]
+    assert list(command.folder.iterdir()) == []
+
+
+def test_a_trial_that_fails_is_counted_and_tried_again_and_the_others_go_on(file, tmp_path, capsys):
+    path = file({"data.feature_probability": {"values": [0.1, 7.0]}, "seed_everything": {"values": [0, 1]}})
+    folder, code = sweep(str(path), sweep_dir=str(tmp_path / "out"), jobs=1)
+    assert code == 1
+    found = Sweep(folder)
+    states = {trial["label"]: found.state(trial["id"]) for trial in found.trials}
+    assert states == {
+        "feature_probability=0.1 seed=0": "done",
+        "feature_probability=0.1 seed=1": "done",
+        "feature_probability=7.0 seed=0": "failed",
+        "feature_probability=7.0 seed=1": "failed",
+    }
+    assert "feature_probability" in (found.run_dir(found.trials[2]["id"]) / "error.txt").read_text()
+    cells = found.cells()
+    assert cells["n"].tolist() == [2, 0]
+    assert cells["failed"].tolist() == [0, 2]
+    capsys.readouterr()
+    sweep(str(path), sweep_dir=str(tmp_path / "out"), jobs=1)
+    assert "2 done before, 2 to run" in capsys.readouterr().err
+
+
+def test_an_option_that_no_trial_can_have_is_a_failure_of_each(file, tmp_path):
+    folder, code = sweep(str(file({"model.lambda": {"values": [1, 2]}})), sweep_dir=str(tmp_path / "out"), jobs=1)
+    found = Sweep(folder)
+    assert code == 1
+    assert [found.state(trial["id"]) for trial in found.trials] == ["failed", "failed"]
+    assert "model.lambda" in (found.run_dir(found.trials[0]["id"]) / "error.txt").read_text()
+
+
+def processes_of(group):
+    return subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True, check=False).stdout
+
+
+def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(file, command: Command):
+    path = file({"seed_everything": {"values": [0, 1]}, "model.n_features": {"values": [20, 21]}})
+    path.write_text(path.read_text().replace("value: 20\n", "value: 1000000\n"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "svf_lightning", "sweep", str(path), "--jobs=2"],
+        cwd=command.folder, env=command.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        # a shell's background job ignores Ctrl-C, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    folder = command.folder / "runs" / "sweeps" / "few"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("trials/*/config.yaml")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "0 done, 0 failed, 4 missing" in out
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 20
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == ""
+    path.write_text(path.read_text().replace("value: 1000000\n", "value: 20\n"))
+    again = command("sweep", path, "--jobs=2")
+    assert again.returncode == 0, again.stderr
+    assert "4 done, 0 failed, 0 missing" in again.stdout
+
+
+def test_ray_runs_the_same_trials_and_brings_them_back(file, tmp_path):
+    pytest.importorskip("ray")
+    folder, code = sweep(str(file(LAMBDA)), engine="ray", sweep_dir=str(tmp_path / "ray"), jobs=2)
+    assert code == 0
+    local, _ = sweep(str(file(LAMBDA)), sweep_dir=str(tmp_path / "local"), jobs=1)
+    names = sorted(path.relative_to(folder) for path in folder.glob("trials/*/*"))
+    assert names
+    assert names == sorted(path.relative_to(local) for path in local.glob("trials/*/*"))
+    mean = "alignment/matched"
+    assert Sweep(folder).table()[mean].round(4).tolist() == Sweep(local).table()[mean].round(4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml"], "cannot be read"),
+        ([], "file"),
+        (["FILE", "--jobs=0"], "jobs=0 is not usable"),
+        (["FILE", "--engine=slurm"], "engine"),
+        (["FILE", "--sweep_dir=RUN"], "already holds a run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(file, command: Command, arguments, message):
+    run = command.folder / "a_run"
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    path = file(LAMBDA)
+    result = command("sweep", *(a.replace("FILE", str(path)).replace("RUN", str(run)) for a in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_report_needs_a_sweep(tmp_path):
+    with pytest.raises(InputError, match="holds no sweep"):
+        report(tmp_path)
+
+
+def test_the_rule_counts_trials_below_it_and_those_without_a_number(file, tmp_path):
+    folder, _ = sweep(str(file(LAMBDA)), sweep_dir=str(tmp_path / "out"), jobs=1)
+    found = Sweep(folder)
+    values = [0.95, 0.85, 0.99, None]
+    for trial, value in zip(found.trials, values, strict=True):
+        path = found.run_dir(trial["id"]) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["metrics"]["alignment/matched"]["mean"] = value
+        path.write_text(json.dumps(summary))
+    cells = Sweep(folder).cells(below=0.9)
+    assert cells["below 0.9"].tolist() == [0.5, 0.5]
+    assert cells["mean"].tolist() == pytest.approx([0.9, 0.99])
+    assert cells["min"].tolist() == [0.85, 0.99]
+
+
+def test_under_an_agent_the_run_is_the_sweeps_and_its_configuration_is_stored_once(command: Command, tmp_path):
+    # what wandb.wandb_agent.Agent sets up for a trial
+    parameters = tmp_path / "config-abc123.yaml"
+    parameters.write_text(yaml.safe_dump({"wandb_version": 1, "model.lambda_attn": {"value": 3.0}}))
+    agent = {"WANDB_SWEEP_ID": "sw33p", "WANDB_RUN_ID": "abc123", "WANDB_SWEEP_PARAM_PATH": str(parameters)}
+    agent |= {"WANDB_PROJECT": "of-the-sweep", "WANDB_ENTITY": "somebody"}
+    trial = [
+        "fit",
+        "--config=robust_seed",
+        "--model.lambda_attn=3.0",
+        "--model.n_instances=1",
+        "--trainer.max_steps=10",
+    ]
+    for _ in range(2):  # the same command twice is never an error
+        result = command(*trial, **agent)
+        assert result.returncode == 0, result.stderr
+        assert "W&B: not available" not in result.stderr
+        run_dir = command.folder / result.stdout.splitlines()[-1]
+        (run,) = (run_dir / "wandb").glob("offline-run-*-abc123")
+        written = b"".join(path.read_bytes() for path in run.glob("*.wandb"))
+        assert b"sw33p" in written
+        assert b"of-the-sweep" in written
+        assert b"alignment/matched" in written
