@@ -207,7 +207,7 @@ def _included(settings: Settings) -> list[str] | None:
 
 
 def instance_bytes(settings: Settings) -> int:
-    """Memory that one instance takes, an estimate from above (measured: 0.3 to 0.8 of it).
+    """Memory that one instance takes, an estimate from above (not measured).
 
     Activations and their gradients for one step, and the captured rows of one chunk.
     """
