@@ -113,30 +113,31 @@ def smollm2(n_prompts: int, batch_size: int, repeats: int) -> None:
         print(f"peak memory, replay / forward alone: {whole['peak'] / alone['peak']:.2f}")
 
 
-def heads(n_dense: int) -> None:
-    """Print the time of all heads of GPT-2 small in head space, and densely."""
+def heads(rounds: int, n_dense: int) -> None:
+    """Print the time of all heads of GPT-2 small in head space, and densely, in turns."""
     from svf_lightning.heads import AttentionHeads
 
     generator = torch.Generator().manual_seed(0)
     W_Q, W_K = (torch.randn(12, 12, 64, 768, generator=generator) * 0.05 for _ in range(2))
     model = AttentionHeads(W_Q, W_K, scale=64**-0.5)
-    S = model.svd().S
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        model.svd()
-        times.append(time.perf_counter() - start)
-    thin = statistics.median(times)
+    S = model.svd().S.flatten()
     flat = [w.flatten(0, 1) for w in (W_Q, W_K)]
-    start = time.perf_counter()
-    pairs = zip(*(w[:n_dense] for w in flat), strict=True)
-    dense = torch.stack([torch.linalg.svd((q.T @ k) / 8)[1][:64] for q, k in pairs])
-    slow = (time.perf_counter() - start) * len(flat[0]) / n_dense
-    difference = ((S.flatten(0, 1)[:n_dense] - dense).abs() / dense).max()
-    print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads")
-    print(f"head space {thin:.3f} s (median of {len(times)}), dense {slow:.1f} s ({n_dense} heads measured)")
-    print(f"ratio {slow / thin:.0f}")
-    print(f"largest relative difference of a singular value: {difference:.1e}")
+    print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads; dense: {n_dense} heads a round")
+    print(f"{'round':>6}{'head space [s]':>16}{'dense [s]':>11}{'ratio':>7}{'largest rel. difference of S':>31}")
+    ratios = []
+    for turn in range(rounds):
+        start = time.perf_counter()
+        for _ in range(5):
+            model.svd()
+        thin = (time.perf_counter() - start) / 5
+        chosen = [(turn * n_dense + i) % 144 for i in range(n_dense)]
+        start = time.perf_counter()
+        dense = [torch.linalg.svd((flat[0][i].T @ flat[1][i]) / 8)[1][:64] for i in chosen]
+        slow = (time.perf_counter() - start) * 144 / n_dense
+        difference = max(float(((S[64 * i : 64 * i + 64] - d).abs() / d).max()) for i, d in zip(chosen, dense, strict=True))
+        ratios.append(slow / thin)
+        print(f"{turn + 1:6}{thin:16.3f}{slow:11.2f}{ratios[-1]:7.0f}{difference:31.1e}")
+    print(f"median ratio {statistics.median(ratios):.0f}")
 
 
 def main() -> None:
@@ -145,11 +146,12 @@ def main() -> None:
     parser.add_argument("what", choices=["smollm2", "heads"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--dense", type=int, default=144, help="heads that are decomposed densely")
+    parser.add_argument("--repeats", type=int, default=1, help="of the replay")
+    parser.add_argument("--rounds", type=int, default=9, help="of the heads")
+    parser.add_argument("--dense", type=int, default=16, help="heads a round that are decomposed densely")
     chosen = parser.parse_args()
     if chosen.what == "heads":
-        heads(chosen.dense)
+        heads(chosen.rounds, chosen.dense)
     else:
         smollm2(chosen.prompts, chosen.batch_size, chosen.repeats)
 

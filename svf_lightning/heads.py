@@ -1,7 +1,8 @@
 """Attention heads kept as their factors, and their SVD in head space.
 
 A head's bilinear form is ``Omega = scale * W_Q^T W_K`` (method of arXiv 2602.13524, section 2), of rank at most H. It
-is never built when H < D: a thin QR of each factor leaves an H x H core, and only the core is decomposed.
+is never built when H < D: orthonormal bases of the factors' row spaces leave an H x H core, and only the core is
+decomposed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from svf_lightning.errors import bad_value
+
+
+BLOCK = 2**19  # entries of W_Q that are factorized at a time: what they take in between stays in a core's cache
 
 
 class FactorizationError(ArithmeticError):
@@ -109,8 +113,9 @@ class AttentionHeads:
             torch.cat([self.W_K, columns[1][..., None]], dim=-1),
         )
 
+    @torch.no_grad()
     def svd(self) -> HeadSVD:
-        """Verified SVD of Omega in head space.
+        """Verified SVD of Omega in head space, without gradients.
 
         Costs O(D H^2) per head. A head that holds NaN or Inf gives NaN, and does not disturb the others.
 
@@ -122,10 +127,17 @@ class AttentionHeads:
         if n_head >= n_model:  # the core is already as small as it gets: [D, D] with D <= H
             core = (W_Q.mT @ W_K) * self.scale
             return HeadSVD(*verified_svd(core))
-        Q_q, A_q = verified_qr(W_Q.mT)
-        Q_k, A_k = verified_qr(W_K.mT)
-        U, S, V = verified_svd((A_q @ A_k.mT) * self.scale)
-        return HeadSVD(Q_q @ U, S, Q_k @ V)
+        flat_Q, flat_K = W_Q.reshape(-1, n_head, n_model), W_K.reshape(-1, n_head, n_model)
+        found = HeadSVD(*(flat_Q.new_empty(len(flat_Q), *s) for s in ((n_model, n_head), (n_head,), (n_model, n_head))))
+        per_block = max(1, BLOCK // (n_head * n_model))
+        for start in range(0, len(flat_Q), per_block):
+            block = slice(start, start + per_block)
+            q, k, out = flat_Q[block], flat_K[block], HeadSVD(*(part[block] for part in found))
+            rest = ~_svd_from_gram(q, k, self.scale, out)
+            if bool(rest.any()):
+                for part, exact in zip(out, _svd_from_qr(q[rest], k[rest], self.scale), strict=True):
+                    part[rest] = exact
+        return HeadSVD(*(part.reshape(*W_Q.shape[:-2], *part.shape[1:]) for part in found))
 
     def bilinear(self, x: Float[Tensor, "... D P"], y: Float[Tensor, "... D P"]) -> Float[Tensor, "... P"]:
         """``x_p^T Omega y_p`` for P pairs of columns, without the biases: the logit that the pair (x, y) gets."""
@@ -170,6 +182,50 @@ def _stacked_bias(attentions: list[Any], name: str) -> Tensor | None:
     if present is None:
         return None
     return torch.stack([torch.zeros_like(present) if b is None else b.detach() for b in biases])
+
+
+def _svd_from_gram(
+    W_Q: Float[Tensor, "n H D"], W_K: Float[Tensor, "n H D"], scale: float, out: HeadSVD
+) -> Bool[Tensor, "n"]:
+    """Write the SVD of ``scale W_Q^T W_K`` to ``out``; return which heads it is accurate for.
+
+    With the Cholesky factors W W^T = L L^T, W^T L^-T is an orthonormal basis of the row space of W, so Omega has the core
+    L_Q^T L_K, and its singular vectors are W^T times a small matrix M. Gram matrices are in float64, as they square the
+    condition number. Half the time of QR; heads that are too ill-conditioned for it, or not finite, do not pass.
+    """
+    eps = torch.finfo(W_Q.dtype).eps
+    grams = [wide @ wide.mT for wide in (W_Q.double(), W_K.double())]
+    L_Q, L_K = (torch.linalg.cholesky_ex(gram)[0] for gram in grams)
+    core = (L_Q.mT @ L_K) * scale
+    core_U, S, core_V = verified_svd(core)
+    out.S.copy_(S)
+    accurate = torch.ones_like(S[:, 0], dtype=torch.bool)
+    identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    rows = []
+    for W, gram, L, small, basis in ((W_Q, grams[0], L_Q, core_U, out.U), (W_K, grams[1], L_K, core_V, out.V)):
+        M = torch.linalg.solve_triangular(L.mT, small, upper=True).to(W)
+        torch.matmul(W.mT, M, out=basis)
+        M = M.double()
+        # In head space, where it is cheap: are the columns of W^T M orthonormal, and can rounding have grown in W^T M?
+        accurate &= (M.mT @ gram @ M - identity).abs().amax((-2, -1)) <= 64 * eps
+        accurate &= gram.diagonal(dim1=-2, dim2=-1).sum(-1) * M.square().sum(-2).amax(-1) <= (16**2) * S.shape[-1]
+        rows.append(L.mT @ M)
+    residual = core - (rows[0] * S[:, None]) @ rows[1].mT
+    return accurate & (residual.abs().amax((-2, -1)) <= 64 * eps * S[:, 0])
+
+
+def _svd_from_qr(W_Q: Float[Tensor, "n H D"], W_K: Float[Tensor, "n H D"], scale: float) -> HeadSVD:
+    """SVD of ``scale W_Q^T W_K`` by QR of both factors: whatever their condition."""
+    Q_q, A_q = verified_qr(W_Q.mT)
+    Q_k, A_k = verified_qr(W_K.mT)
+    U, S, V = verified_svd((A_q @ A_k.mT) * scale)
+    return HeadSVD(Q_q @ U, S, Q_k @ V)
+
+
+def _random_signs(n: int) -> Tensor:
+    """Up to three vectors of +-1 / sqrt(n) [n, 3], always the same, to check factorizations with (Freivalds 1977)."""
+    signs = torch.randint(0, 2, (n, min(n, 3)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return signs / n**0.5
 
 
 def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,8 +322,7 @@ def _accurate_qr(matrix: Tensor, Q: Tensor, R: Tensor, tolerance: float | None =
     """
     n, m = matrix.shape[-2:]
     tolerance = 8 * n * torch.finfo(matrix.dtype).eps if tolerance is None else tolerance
-    signs = torch.randint(0, 2, (m, min(m, 3)), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = signs.to(matrix) / m**0.5
+    x = _random_signs(m).to(matrix)
     size = matrix.abs().amax((-2, -1))
     ok = ((matrix @ x - Q @ (R @ x)).abs().amax((-2, -1)) <= tolerance * size) & (
         (Q.mT @ (Q @ x) - x).abs().amax((-2, -1)) <= tolerance

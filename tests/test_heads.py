@@ -383,6 +383,46 @@ def test_factorization_error_when_no_driver_works(monkeypatch, how):
         verified_svd(matrices(3, 5, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_does_without_qr_for_well_conditioned_heads_and_takes_it_for_the_others_alone(monkeypatch, dtype):
+    calls = []
+    real = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda a: calls.append(tuple(a.shape)) or real(a))
+    W_Q, W_K = torch.randn(2, 4, 6, 40, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    AttentionHeads(W_Q, W_K).svd()
+    assert calls == []
+    W_K[2, 1] = W_K[2, 0]  # singular
+    heads = AttentionHeads(W_Q, W_K)
+    assert_is_svd_of(heads.svd(), dense_omega(heads), 100 * torch.finfo(dtype).eps, size_of(heads))
+    assert calls == [(1, 40, 6)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1.0, 10.0, 1e2, 1e3, 1e4, 1e6, 1e9])
+def test_svd_is_accurate_whatever_the_condition_of_the_factors(condition, dtype):
+    g = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(2, 5, n, 6, generator=g, dtype=torch.float64)).Q for n in (40, 6))
+    spectrum = torch.logspace(0, -math.log10(condition), 6, dtype=torch.float64)
+    W_Q, W_K = (left * spectrum @ right.mT).mT.to(dtype)
+    heads = AttentionHeads(W_Q, W_K)
+    assert_is_svd_of(heads.svd(), dense_omega(heads), 100 * torch.finfo(dtype).eps, 1.0)
+
+
+def test_svd_of_more_heads_than_a_block_is_that_of_each_head(monkeypatch):
+    heads = make_heads(5, dtype=torch.float64)
+    whole = heads.svd()
+    monkeypatch.setattr("svf_lightning.heads.BLOCK", 2 * heads.W_Q[0].numel())
+    for one, other in zip(whole, heads.svd(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def singular_heads(dtype):
+    """Two heads, each with a query row twice: no Cholesky factorization."""
+    heads = make_heads(2, dtype=dtype)
+    heads.W_Q[:, 1] = heads.W_Q[:, 0]
+    return heads
+
+
 def test_a_wrong_qr_is_done_again_in_float64(monkeypatch):
     real, dtypes = torch.linalg.qr, []
 
@@ -392,7 +432,7 @@ def test_a_wrong_qr_is_done_again_in_float64(monkeypatch):
         return (Q * 2, R / 2) if a.dtype == torch.float32 else (Q, R)
 
     monkeypatch.setattr(torch.linalg, "qr", qr)
-    heads = make_heads(2, dtype=torch.float32)
+    heads = singular_heads(torch.float32)
     svd = heads.svd()
     assert dtypes == [torch.float32, torch.float64] * 2
     assert svd.U.dtype == torch.float32
@@ -409,7 +449,7 @@ def test_factorization_error_when_no_qr_works(monkeypatch, how):
 
     monkeypatch.setattr(torch.linalg, "qr", qr)
     with pytest.raises(FactorizationError, match=r"\(2, 13, 5\)"):
-        make_heads(2).svd()
+        singular_heads(torch.float64).svd()
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e7, 1e12])
