@@ -122,7 +122,8 @@ def heads(rounds: int, n_dense: int) -> None:
     model = AttentionHeads(W_Q, W_K, scale=64**-0.5)
     S = model.svd().S.flatten()
     flat = [w.flatten(0, 1) for w in (W_Q, W_K)]
-    print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads; dense: {n_dense} heads a round")
+    print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads")
+    print(f"dense: {n_dense} heads a round")
     print(f"{'round':>6}{'head space [s]':>16}{'dense [s]':>11}{'ratio':>7}{'largest rel. difference of S':>31}")
     ratios = []
     for turn in range(rounds):
@@ -134,7 +135,8 @@ def heads(rounds: int, n_dense: int) -> None:
         start = time.perf_counter()
         dense = [torch.linalg.svd((flat[0][i].T @ flat[1][i]) / 8)[1][:64] for i in chosen]
         slow = (time.perf_counter() - start) * 144 / n_dense
-        difference = max(float(((S[64 * i : 64 * i + 64] - d).abs() / d).max()) for i, d in zip(chosen, dense, strict=True))
+        pairs = zip(S.unflatten(0, (144, 64))[chosen], dense, strict=True)
+        difference = max(float(((s - d).abs() / d).max()) for s, d in pairs)
         ratios.append(slow / thin)
         print(f"{turn + 1:6}{thin:16.3f}{slow:11.2f}{ratios[-1]:7.0f}{difference:31.1e}")
     print(f"median ratio {statistics.median(ratios):.0f}")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from svf_lightning.errors import bad_value
 
-
 BLOCK = 2**19  # entries of W_Q that are factorized at a time: what they take in between stays in a core's cache
 
 
@@ -189,9 +188,10 @@ def _svd_from_gram(
 ) -> Bool[Tensor, "n"]:
     """Write the SVD of ``scale W_Q^T W_K`` to ``out``; return which heads it is accurate for.
 
-    With the Cholesky factors W W^T = L L^T, W^T L^-T is an orthonormal basis of the row space of W, so Omega has the core
-    L_Q^T L_K, and its singular vectors are W^T times a small matrix M. Gram matrices are in float64, as they square the
-    condition number. Half the time of QR; heads that are too ill-conditioned for it, or not finite, do not pass.
+    With the Cholesky factors W W^T = L L^T, W^T L^-T is an orthonormal basis of the row space of W, so Omega has the
+    core L_Q^T L_K, and its singular vectors are W^T times a small matrix M. Gram matrices are in float64, as they
+    square the condition number. Takes half the time of QR; heads that are too ill-conditioned for it, or not finite, do
+    not pass.
     """
     eps = torch.finfo(W_Q.dtype).eps
     grams = [wide @ wide.mT for wide in (W_Q.double(), W_K.double())]
