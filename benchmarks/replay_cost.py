@@ -120,7 +120,7 @@ def heads(rounds: int, n_dense: int) -> None:
     generator = torch.Generator().manual_seed(0)
     W_Q, W_K = (torch.randn(12, 12, 64, 768, generator=generator) * 0.05 for _ in range(2))
     model = AttentionHeads(W_Q, W_K, scale=64**-0.5)
-    S = model.svd().S.flatten()
+    S = model.svd().S.flatten(0, 1)
     flat = [w.flatten(0, 1) for w in (W_Q, W_K)]
     print(f"144 heads, d_model 768, d_head 64, float32, {torch.get_num_threads()} threads")
     print(f"dense: {n_dense} heads a round")
@@ -135,7 +135,7 @@ def heads(rounds: int, n_dense: int) -> None:
         start = time.perf_counter()
         dense = [torch.linalg.svd((flat[0][i].T @ flat[1][i]) / 8)[1][:64] for i in chosen]
         slow = (time.perf_counter() - start) * 144 / n_dense
-        pairs = zip(S.unflatten(0, (144, 64))[chosen], dense, strict=True)
+        pairs = zip(S[chosen], dense, strict=True)
         difference = max(float(((s - d).abs() / d).max()) for s, d in pairs)
         ratios.append(slow / thin)
         print(f"{turn + 1:6}{thin:16.3f}{slow:11.2f}{ratios[-1]:7.0f}{difference:31.1e}")

@@ -211,7 +211,8 @@ def _svd_from_gram(
         accurate &= gram.diagonal(dim1=-2, dim2=-1).sum(-1) * M.square().sum(-2).amax(-1) <= (16**2) * S.shape[-1]
         rows.append(L.mT @ M)
     residual = core - (rows[0] * S[:, None]) @ rows[1].mT
-    return accurate & (residual.abs().amax((-2, -1)) <= 64 * eps * S[:, 0])
+    accurate &= residual.abs().amax((-2, -1)) <= 64 * eps * S[:, 0]
+    return accurate
 
 
 def _svd_from_qr(W_Q: Float[Tensor, "n H D"], W_K: Float[Tensor, "n H D"], scale: float) -> HeadSVD:
@@ -225,7 +226,8 @@ def _svd_from_qr(W_Q: Float[Tensor, "n H D"], W_K: Float[Tensor, "n H D"], scale
 def _random_signs(n: int) -> Tensor:
     """Up to three vectors of +-1 / sqrt(n) [n, 3], always the same, to check factorizations with (Freivalds 1977)."""
     signs = torch.randint(0, 2, (n, min(n, 3)), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return signs / n**0.5
+    vectors: Tensor = signs / n**0.5
+    return vectors
 
 
 def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tensor]:
