@@ -30,17 +30,18 @@ def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def sparse_activations(
-    uniform: Float[Tensor, "... N"], probability: Float[Tensor, "... N"] | float
+    uniform: Float[Tensor, "... N"], probability: float, *, out: Float[Tensor, "... N"] | None = None
 ) -> Float[Tensor, "... N"]:
     """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1)."""
-    return torch.relu((uniform - (1 - probability)) / probability)
+    p = torch.tensor(probability, dtype=uniform.dtype)
+    return torch.sub(uniform, (1 - p).item(), out=out).div_(p.item()).relu_()
 
 
 class ToyData(pl.LightningDataModule):
     """Endless training draws, and held-out draws for ``validate`` and ``test``.
 
-    A batch is a tensor of feature activations f [I or 1, B, 1 + m, N]; position 0 is the query, 1..m are the keys. The
-    first dimension is 1 where all instances see the very same numbers.
+    A batch is a tensor of feature activations f [J, B, 1 + m, N]; position 0 is the query, 1..m are the keys. J divides
+    I, and I / J consecutive instances see the very same numbers (J = 1: all of them).
 
     The draw of step t depends on (seed, t) and the device type alone, so an interrupted run sees the same data.
 
@@ -95,26 +96,28 @@ class ToyData(pl.LightningDataModule):
         settings = list(zip(seeds, self.feature_probability.tolist(), strict=True))
         # instances with the same seed and the same p see the same numbers: these are drawn once
         distinct = list(dict.fromkeys(settings))
-        self._drawn_seeds = list(dict.fromkeys(seeds))
-        self._seed_of = [self._drawn_seeds.index(seed) for seed, _ in distinct]
-        self._p = torch.tensor([p for _, p in distinct]).float()[:, None, None, None]
-        self._draw_of = [distinct.index(setting) for setting in settings]
+        draw_of = [distinct.index(setting) for setting in settings]
+        per_draw = n_instances // len(distinct)
+        if draw_of != [i // per_draw for i in range(n_instances)]:  # not in equal groups
+            distinct = settings
+        self.n_draws = len(distinct)
+        self._draws_of_seed: dict[int, list[tuple[int, float]]] = {seed: [] for seed, _ in distinct}
+        for j, (draw_seed, p) in enumerate(distinct):
+            self._draws_of_seed[draw_seed].append((j, p))
 
-    def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "I B m1 N"]:
-        """The activations of one step [I or 1, B, 1 + m, N], float32 in [0, 1)."""
+    def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "J B m1 N"]:
+        """The activations of one step [J, B, 1 + m, N], float32 in [0, 1)."""
         shape = (self.batch_size, 1 + self.context_length, self.n_features)
-        uniform = torch.stack(
-            [
-                torch.rand(shape, generator=keyed_generator(seed, stream, step, device=device), device=device)
-                for seed in self._drawn_seeds
-            ]
-        )
-        if 1 < len(uniform) < len(self._seed_of):
-            uniform = uniform[self._seed_of]
-        f = sparse_activations(uniform, self._p.to(device))
-        if len(f) in (1, self.n_instances):
-            return f
-        return f[self._draw_of]
+        f = torch.empty(self.n_draws, *shape, device=device)
+        for seed, draws in self._draws_of_seed.items():
+            uniform = torch.rand(shape, generator=keyed_generator(seed, stream, step, device=device), device=device)
+            for j, p in draws:
+                sparse_activations(uniform, p, out=f[j])
+        return f
+
+    def _per_instance(self, f: Float[Tensor, "J ..."]) -> Float[Tensor, "I ..."]:
+        """What each instance sees, or [1, ...] where all see the same."""
+        return f if len(f) == 1 else f.repeat_interleave(self.n_instances // len(f), 0)
 
     def observed(self, n_sequences: int, *, device: torch.device | str = "cpu") -> Float[Tensor, "I n m1 N"]:
         """Activations of the first sequences of a held-out draw that is the same in every run of this seed.
@@ -126,7 +129,7 @@ class ToyData(pl.LightningDataModule):
             raise bad_value(
                 "n_observed", n_sequences, f"at most data.batch_size={self.batch_size}", "change --model.n_observed"
             )
-        return self.draw(0, device=device, stream=_OBSERVE)[:, :n_sequences]
+        return self._per_instance(self.draw(0, device=device, stream=_OBSERVE)[:, :n_sequences])
 
     def attended(
         self, pairs: Int[Tensor, "P 2"], n_attended: int, *, device: torch.device | str = "cpu"
@@ -149,9 +152,9 @@ class ToyData(pl.LightningDataModule):
                 "context_length", self.context_length, "at least 2, to compare keys", "raise --data.context_length"
             )
         query_feature, key_feature = pairs.to(device).unbind(-1)
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.draw(0, device=device).shape[0])]
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 if self.n_draws == 1 else self.n_instances)]
         for step in range(_SEARCHED_DRAWS):
-            f = self.draw(step, device=device, stream=_OBSERVE)
+            f = self._per_instance(self.draw(step, device=device, stream=_OBSERVE))
             query, keys = f[:, :, 0], f[:, :, 1:]
             relative = keys - (keys.sum(2, keepdim=True) - keys) / (keys.shape[2] - 1)
             # [I, B, m]: some pair (i, j) with feature i in the query and feature j in the key

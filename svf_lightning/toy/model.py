@@ -18,6 +18,7 @@ from svf_lightning.probe import Coordinate, Probe
 from svf_lightning.toy.features import ToyData
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
 from svf_lightning.toy.optimizer import InstanceAdam
+from svf_lightning.toy.reconstruction import reconstruction_loss
 from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
 from svf_lightning.toy.weights import FEATURE_KINDS, initial_features, initial_head
 
@@ -196,18 +197,18 @@ class ToyAttentionModel(pl.LightningModule):
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
-    def forward(self, f: Float[Tensor, "I B m1 N"]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, f: Float[Tensor, "J B m1 N"]) -> tuple[Tensor, Tensor | None]:
         """Reconstruction and attention logits of sequences of feature activations.
 
         Args:
-            f: Activations [I or 1, B, 1 + m, N]; position 0 is the query.
+            f: Activations [J, B, 1 + m, N]; position 0 is the query. J divides I: I / J consecutive instances see the
+                same numbers.
 
         Returns:
             f': reconstructed activations [I, B, 1 + m, N]; attention logits [I, B, m], or None without a head.
         """
         n_batch, n_tokens = f.shape[1:3]
-        flat = f.reshape(f.shape[0], -1, self.n_features).expand(self.n_instances, -1, -1)
-        tokens = flat @ self.W.mT
+        tokens = self._per_instance(f).flatten(1, 2) @ self.W.mT
         reconstruction = torch.relu(torch.baddbmm(self.b[:, None], tokens, self.W))
         reconstruction = reconstruction.view(self.n_instances, n_batch, n_tokens, self.n_features)
         if not self.has_head:
@@ -217,7 +218,23 @@ class ToyAttentionModel(pl.LightningModule):
             return reconstruction, self._rotated_logits(tokens)
         # (r W_Q^T W_K) . s: the keys themselves need no projection
         towards = tokens[:, :, 0] @ self.W_Q.mT @ self.W_K
-        return reconstruction, (tokens[:, :, 1:] @ towards[..., None]).squeeze(-1)
+        return reconstruction, (towards[:, :, None] @ tokens[:, :, 1:].mT).squeeze(2)
+
+    def _per_instance(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m1 N"]:
+        """The activations that each instance sees."""
+        n_draws = len(f)
+        return f.unsqueeze(1).expand(-1, self.n_instances // n_draws, -1, -1, -1).flatten(0, 1)
+
+    def _logits(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m"]:
+        """Attention logits, as those of :meth:`forward`; without rope, no key needs its token."""
+        J, B = f.shape[:2]
+        if self.rope:
+            return self._rotated_logits(self._per_instance(f) @ self.W.mT[:, None])
+        # products of the instances that share a draw stand side by side
+        queries = (f[:, :, 0].contiguous() @ (self.W_Q @ self.W).view(J, -1, self.n_features).mT).view(J, B, -1, self.W_Q.shape[1])
+        towards = queries.transpose(1, 2).flatten(0, 1) @ (self.W_K @ self.W)  # [I, B, N]
+        rows = towards.view(J, -1, B, self.n_features).transpose(1, 2)
+        return (rows @ f[:, :, 1:].mT).transpose(1, 2).flatten(0, 1)
 
     def _rotated_logits(self, tokens: Float[Tensor, "I B m1 D"]) -> Float[Tensor, "I B m"]:
         """Logits with rotary positions: only the offset matters, so the keys alone are rotated, back by it."""
@@ -235,23 +252,22 @@ class ToyAttentionModel(pl.LightningModule):
             return (offsets == 1).float()
         return torch.ones_like(offsets, dtype=torch.float32)
 
-    def target_logits(self, f: Float[Tensor, "I B m1 N"]) -> Float[Tensor, "I B m"]:
+    def target_logits(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m"]:
         """``f_r^T T f_{s_j}`` for every key j, from the non-zero entries of T alone."""
-        query = f[:, :, 0, self.pairs[:, 0]] * self.pair_logits[:, None]
-        logits = (f[:, :, 1:, self.pairs[:, 1]] @ query[..., None]).squeeze(-1)
+        products = f[:, :, :1, self.pairs[:, 0]] * f[:, :, 1:, self.pairs[:, 1]]  # [J, B, m, P]
+        weights = self.pair_logits.expand(self.n_instances, -1).unflatten(0, (len(f), -1))
+        logits = torch.einsum("jbmp,jkp->jkbm", products, weights).flatten(0, 1)
         if self.target_position == "independent":
             return logits
         return logits * self._position_factor(torch.arange(logits.shape[-1], 0, -1, device=logits.device))
 
-    def losses(self, f: Float[Tensor, "I B m1 N"]) -> Losses:
+    def losses(self, f: Float[Tensor, "J B m1 N"]) -> Losses:
         """``loss/recon``, ``loss/attn`` (with a head) and ``loss/total``, one value per instance [I], in nats."""
-        reconstruction, logits = self(f)
-        error = (reconstruction - f).square()
-        if self._weigh_features:
-            error = error * self.importance[:, None, None]
-        recon = error.sum((1, 2, 3)) / (error.shape[1] * error.shape[2])
-        if logits is None:
+        flat = f.flatten(1, 2)
+        recon = reconstruction_loss(self.W, self.b, flat, self.importance if self._weigh_features else None)
+        if not self.has_head:
             return {"loss/recon": recon, "loss/total": recon}
+        logits = self._logits(f)
         target = self.target_logits(f).softmax(-1)
         attn = -(target * F.log_softmax(logits, -1)).sum((1, 2)) / logits.shape[1]
         return {"loss/recon": recon, "loss/attn": attn, "loss/total": recon + self.lambda_attn * attn}
