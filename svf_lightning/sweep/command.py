@@ -6,15 +6,20 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.run_dir import check_free, write_json, write_text
 from svf_lightning.sweep.cohort import Member, group_members
-from svf_lightning.sweep.engines import Outcome, default_memory_bytes, run_local, run_ray
+from svf_lightning.sweep.engines import Outcome, default_memory_bytes, run_local, run_ray, worker_pool
 from svf_lightning.sweep.file import SweepFile, Trial, read_sweep
 from svf_lightning.sweep.results import ERROR, INDEX, TRIALS, Sweep, report
+
+if TYPE_CHECKING:
+    from svf_lightning.cli import FitSettings
 
 _RUNS = Path("runs/sweeps")
 _GB = 1e9
@@ -72,43 +77,57 @@ def sweep(
     _write_index(read, trials, folder)
     known = Sweep(folder)
     left = [trial for trial in trials if known.state(trial.id) != "done"]
-    members = _members(left, read, folder)
-    n_done = len(trials) - len(left)
-    _say(f"{read.name}: {len(trials)} trials, {n_done} done before, {len(members)} to run")
+    _say(f"{read.name}: {len(trials)} trials, {len(trials) - len(left)} done before, {len(left)} to run")
     n_jobs = jobs or os.cpu_count() or 1
     memory = memory_gb * _GB if memory_gb else default_memory_bytes(n_jobs if engine == "local" else 1)
-    grouped = group_members(members, memory_bytes=memory, n_workers=n_jobs, merge=cohorts)
     log = folder / "log.txt"
-    if not grouped:
-        outcomes: Iterator[Outcome] = iter(())
-    elif engine == "ray":
-        outcomes = run_ray(grouped, address=ray_address, cpus=ray_cpus, gpus=ray_gpus, log=log)
-    else:
-        outcomes = run_local(grouped, jobs=min(n_jobs, len(grouped)), log=log)
+
+    def cohorts_of(members: Sequence[Member]) -> list[list[Member]]:
+        return group_members(members, memory_bytes=memory, n_workers=n_jobs, merge=cohorts)
+
     try:
-        _follow(outcomes, n_trials=len(members), n_cohorts=len(grouped))
+        with worker_pool(min(n_jobs, max(1, len(left)))) as pool:
+            members = _members(left, read, folder, pool)
+            if engine == "local":
+                _follow(run_local(cohorts_of(members), pool, jobs=n_jobs, log=log), n_trials=len(members))
+        if engine == "ray" and members:
+            running = run_ray(cohorts_of(members), address=ray_address, cpus=ray_cpus, gpus=ray_gpus, log=log)
+            _follow(running, n_trials=len(members))
     finally:  # also after Ctrl-C
         found = report(folder)
     n_failed = sum(found.state(trial.id) != "done" for trial in trials)
     return folder, int(n_failed > 0)
 
 
-def _members(trials: Sequence[Trial], read: SweepFile, folder: Path) -> list[Member]:
+def _members(
+    trials: Sequence[Trial], read: SweepFile, folder: Path, pool: ProcessPoolExecutor | None = None
+) -> list[Member]:
     """The trials with their settings resolved; those that cannot be used are recorded as failed."""
+    args = [trial.args[1:] for trial in trials]
+    resolved = map(_resolve, args) if pool is None else pool.map(_resolve, args, chunksize=4)
+    members: list[Member] = []
+    for trial, (config, error) in zip(trials, resolved, strict=True):
+        run_dir = folder / TRIALS / trial.id
+        if error is None:
+            members.append(Member(trial.id, run_dir, config, trial.label or trial.id, read.name))
+        else:
+            write_text(run_dir / ERROR, f"{error}\n")
+    return members
+
+
+def _resolve(args: Sequence[str]) -> tuple[str, str | None]:
+    """The settings that a trial's arguments stand for, YAML, or one line that says why they cannot be used."""
+    try:
+        return _fit_settings().of(args), None
+    except (InputError, ArgumentError) as error:
+        return "", " ".join(str(error).split())
+
+
+@cache
+def _fit_settings() -> FitSettings:
     from svf_lightning.cli import FitSettings
 
-    members: list[Member] = []
-    settings = FitSettings() if trials else None
-    for trial in trials:
-        assert settings is not None
-        run_dir = folder / TRIALS / trial.id
-        try:
-            config = settings.of(trial.args[1:])
-        except (InputError, ArgumentError) as error:
-            write_text(run_dir / ERROR, f"{' '.join(str(error).split())}\n")
-            continue
-        members.append(Member(trial.id, run_dir, config, trial.label or trial.id, read.name))
-    return members
+    return FitSettings()
 
 
 def sweep_command(args: Sequence[str]) -> tuple[Path, int]:
@@ -149,7 +168,7 @@ def _write_index(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None
     write_json(folder / INDEX, {"name": read.name, "metric": read.metric, "trials": entries})
 
 
-def _follow(outcomes: Iterator[Outcome], *, n_trials: int, n_cohorts: int) -> None:
+def _follow(outcomes: Iterator[Outcome], *, n_trials: int) -> None:
     """A progress bar over the trials; failures are recorded, and said when they happen."""
     from rich.console import Console
     from rich.progress import (

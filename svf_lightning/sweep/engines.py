@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,38 @@ def attempt(members: Cohort, log: Path | None = None) -> str | None:
     return None
 
 
-def run_local(cohorts: Sequence[Cohort], *, jobs: int, log: Path) -> Iterator[Outcome]:
-    """Train cohorts in processes of this machine, ``jobs`` at a time; each has its share of the cores.
+@contextmanager
+def worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of this machine, each with its share of the cores; killed if what is done with them fails (Ctrl-C)."""
+    n_threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(n_threads,)
+    )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()  # Lightning makes of SIGTERM the wish to stop after this batch
+        raise
+    pool.shutdown()
+
+
+def run_local(cohorts: Sequence[Cohort], pool: ProcessPoolExecutor, *, jobs: int, log: Path) -> Iterator[Outcome]:
+    """Train cohorts in processes of this machine.
+
+    Args:
+        cohorts: What to train.
+        pool: Processes to begin with.
+        jobs: How many processes to start in their place if one of them dies.
+        log: File for what the trainings print.
 
     Yields:
         Cohorts as they end. One that failed is tried again trial by trial, so that a trial fails alone.
     """
-    n_threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting, breaks = [list(cohort) for cohort in cohorts], 0
-    while waiting:
-        pool = ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(n_threads,)
-        )
-        try:
+    with ExitStack() as stack:
+        while waiting:
             running = {pool.submit(attempt, cohort, log): cohort for cohort in waiting}
             waiting, broken = [], False
             for future in as_completed(running):
@@ -70,17 +89,13 @@ def run_local(cohorts: Sequence[Cohort], *, jobs: int, log: Path) -> Iterator[Ou
                     waiting += [[member] for member in cohort]
                 else:
                     yield cohort, error
-            pool.shutdown()
-        except BaseException:  # Ctrl-C, or the caller stops listening
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()  # Lightning makes of SIGTERM the wish to stop after this batch
-            raise
-        breaks += broken
-        if breaks > _BREAKS:
-            for cohort in waiting:
-                yield cohort, _DIED
-            return
+            breaks += broken
+            if breaks > _BREAKS:
+                for cohort in waiting:
+                    yield cohort, _DIED
+                return
+            if broken:
+                pool = stack.enter_context(worker_pool(min(jobs, len(waiting))))
 
 
 def _begin_worker(n_threads: int) -> None:

@@ -33,8 +33,8 @@ def sparse_activations(
     uniform: Float[Tensor, "... N"], probability: float, *, out: Float[Tensor, "... N"] | None = None
 ) -> Float[Tensor, "... N"]:
     """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1)."""
-    p = torch.tensor(probability, dtype=uniform.dtype)
-    return torch.sub(uniform, (1 - p).item(), out=out).div_(p.item()).relu_()
+    p = np.float32(probability)  # as the uniform numbers
+    return torch.sub(uniform, float(1 - p), out=out).div_(float(p)).relu_()
 
 
 class ToyData(pl.LightningDataModule):

@@ -227,14 +227,14 @@ class ToyAttentionModel(pl.LightningModule):
 
     def _logits(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m"]:
         """Attention logits, as those of :meth:`forward`; without rope, no key needs its token."""
-        J, B = f.shape[:2]
         if self.rope:
             return self._rotated_logits(self._per_instance(f) @ self.W.mT[:, None])
+        (J, B, _, N), rows = f.shape, self.W_Q.shape[1]
         # products of the instances that share a draw stand side by side
-        queries = (f[:, :, 0].contiguous() @ (self.W_Q @ self.W).view(J, -1, self.n_features).mT).view(J, B, -1, self.W_Q.shape[1])
-        towards = queries.transpose(1, 2).flatten(0, 1) @ (self.W_K @ self.W)  # [I, B, N]
-        rows = towards.view(J, -1, B, self.n_features).transpose(1, 2)
-        return (rows @ f[:, :, 1:].mT).transpose(1, 2).flatten(0, 1)
+        queries = f[:, :, 0].contiguous() @ (self.W_Q @ self.W).view(J, -1, N).mT
+        queries = queries.view(J, B, -1, rows).transpose(1, 2).flatten(0, 1)
+        towards = (queries @ (self.W_K @ self.W)).view(J, -1, B, N).transpose(1, 2)
+        return (towards @ f[:, :, 1:].mT).transpose(1, 2).flatten(0, 1)
 
     def _rotated_logits(self, tokens: Float[Tensor, "I B m1 D"]) -> Float[Tensor, "I B m"]:
         """Logits with rotary positions: only the offset matters, so the keys alone are rotated, back by it."""
@@ -255,7 +255,7 @@ class ToyAttentionModel(pl.LightningModule):
     def target_logits(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m"]:
         """``f_r^T T f_{s_j}`` for every key j, from the non-zero entries of T alone."""
         products = f[:, :, :1, self.pairs[:, 0]] * f[:, :, 1:, self.pairs[:, 1]]  # [J, B, m, P]
-        weights = self.pair_logits.expand(self.n_instances, -1).unflatten(0, (len(f), -1))
+        weights = self.pair_logits.expand(self.n_instances, -1).reshape(len(f), self.n_instances // len(f), -1)
         logits = torch.einsum("jbmp,jkp->jkbm", products, weights).flatten(0, 1)
         if self.target_position == "independent":
             return logits

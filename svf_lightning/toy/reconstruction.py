@@ -38,27 +38,29 @@ def reconstruction_loss(
 class _ReconstructionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, b: Tensor, f: Tensor, importance: Tensor | None, with_grad: bool) -> Tensor:
-        n_draws, n_tokens, _ = f.shape
-        grouped = [None if x is None else x.unflatten(0, (n_draws, -1)) for x in (W, b, importance)]
-        loss, grad_W, grad_b = W.new_empty(grouped[1].shape[:2]), torch.empty_like(grouped[0]), torch.empty_like(grouped[1])
-        per_draw, n_features = grouped[1].shape[1:]
-        k_block, j_block = per_draw, n_draws
+        n_instances, d_model, N = W.shape
+        J, T = f.shape[:2]
+        K = n_instances // J
+        W, b = W.view(J, K, d_model, N), b.view(J, K, N)
+        weights = None if importance is None else importance.view(J, K, N)
+        loss, grad_W, grad_b = W.new_empty(J, K), torch.empty_like(W), torch.empty_like(b)
+        k_block, j_block = K, J
         if W.device.type == "cpu":
-            k_block = min(per_draw, max(1, BLOCK // (n_tokens * n_features)))
-            j_block = max(1, BLOCK // (n_tokens * n_features * k_block))
+            k_block = min(K, max(1, BLOCK // (T * N)))
+            j_block = max(1, BLOCK // (T * N * k_block))
         with torch.autocast(W.device.type, enabled=False):
-            for j in range(0, n_draws, j_block):
-                for k in range(0, per_draw, k_block):
+            for j in range(0, J, j_block):
+                for k in range(0, K, k_block):
                     at = (slice(j, j + j_block), slice(k, k + k_block))
-                    own = [None if x is None else x[at] for x in grouped]
-                    loss[at], gradients = _loss_and_gradients(*own, f[at[0]], with_grad)
+                    some = None if weights is None else weights[at]
+                    loss[at], gradients = _loss_and_gradients(W[at], b[at], some, f[at[0]], with_grad)
                     if gradients is not None:
                         grad_W[at], grad_b[at] = gradients
         ctx.save_for_backward(grad_W.flatten(0, 1), grad_b.flatten(0, 1))
         return loss.flatten()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_W, grad_b = ctx.saved_tensors
         return grad_W * grad[:, None, None], grad_b * grad[:, None], None, None, None
 
