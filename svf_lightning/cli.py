@@ -116,8 +116,9 @@ class RunCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            command = next((a for a in args if a in self._subcommand_parsers), None)
-            known = list(self._subcommand_parsers[command].get_defaults(skip_validation=True).keys()) if command else []
+            parsers = self._subcommand_parsers
+            command = next((name for name in parsers if name in args or parsers[name] is parser), None)
+            known = list(parsers[command].get_defaults(skip_validation=True).keys()) if command else []
             raise InputError(_explain(" ".join(str(error).split()), command, known, _config_files(args))) from error
 
     def _parse_ckpt_path(self) -> None:
@@ -157,7 +158,7 @@ class RunCLI(LightningCLI):
         settings = Namespace(  # type: ignore[no-untyped-call]
             {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
         )
-        text: str = self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True)
+        text: str = self._parser(self.subcommand).dump(settings, skip_unset=False, skip_validation=True)
         return text
 
     def _choose_run_dir(self, config: Namespace) -> Path:
@@ -243,9 +244,11 @@ class FitSettings(ToyCLI):
         Raises:
             InputError: The arguments cannot be used.
         """
+        command, *rest = _with_preset(["fit", *args])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.parse_arguments(self.parser, _with_preset(["fit", *args]))
+            self.parse_arguments(self._parser(command), rest)  # the same as the whole parser, in half the time
+        self.config = Namespace(subcommand=command, **{command: self.config})
         return self.resolved()
 
     def _set_seed(self) -> None: ...
