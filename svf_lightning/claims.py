@@ -84,7 +84,8 @@ class Verdict:
     """A claim and what a run says about it.
 
     ``measured`` is None where the run does not tell (a metric that is missing, or not a number); then it does not hold.
-    ``threshold`` and ``holds`` are None for an open question.
+    ``threshold`` and ``holds`` are None for an open question; ``holds`` also where no instance of the run is among
+    those that the claim is about.
     """
 
     claim: str
@@ -136,7 +137,9 @@ def judge(claim: Claim, metrics: Mapping[str, np.ndarray], first: Mapping[str, n
         measured = float(getattr(np, claim.over)(values)) if len(values) else math.nan
         holds = bool(compare(measured, claim.threshold))
     known = measured if math.isfinite(measured) else None
-    return Verdict(claim.claim, claim.figure, known, claim.threshold, holds and known is not None, rule, needed)
+    about_none = chosen is not None and len(chosen) > 0 and not chosen.any()
+    judged = None if about_none else holds and known is not None
+    return Verdict(claim.claim, claim.figure, known, claim.threshold, judged, rule, needed)
 
 
 def _among(claim: Claim, metrics: Mapping[str, np.ndarray]) -> np.ndarray | None:

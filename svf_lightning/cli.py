@@ -236,7 +236,9 @@ class FitSettings(ToyCLI):
     """What `fit` makes of a command line, without doing it; the parser is built once."""
 
     def __init__(self) -> None:
-        super().__init__(ToyAttentionModel, ToyData, **_options(["fit"]), parser_kwargs=_parser_kwargs(ToyCLI))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's, about arguments from within a program
+            super().__init__(ToyAttentionModel, ToyData, **_options(["fit"]), parser_kwargs=_parser_kwargs(ToyCLI))
 
     def of(self, args: Sequence[str]) -> str:
         """The resolved settings of ``fit ARGS``, YAML.
@@ -335,7 +337,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except SystemExit as stop:  # --help, --print_config
         return int(stop.code or 0)
-    print(place)  # noqa: T201
+    if place is not None:
+        print(place)  # noqa: T201
     return code
 
 

@@ -83,13 +83,6 @@ def test_a_claim_may_be_about_some_instances_only():
     assert "with x >= 2 and x < 4" in judge(claim, metrics).rule
 
 
-def test_a_claim_about_no_instance_does_not_hold():
-    claim = Claim(claim="", figure="", metric="m", relation=">=", threshold=0, among="x > 5")
-    verdict = judge(claim, {"x": np.array([1.0]), "m": np.array([1.0])})
-    assert verdict.measured is None
-    assert verdict.holds is False
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,3 +96,10 @@ def test_a_claim_about_no_instance_does_not_hold():
 def test_a_claim_that_cannot_be_read_is_an_input_error(options):
     with pytest.raises(InputError):
         Claim(claim="", figure="", metric="m", **options)
+
+
+def test_a_claim_about_instances_that_the_run_has_not_is_open():
+    claim = Claim(claim="", figure="", metric="m", relation=">=", threshold=0, among="x > 5")
+    verdict = judge(claim, {"m": np.array([1.0, 2.0]), "x": np.array([1.0, 2.0])})
+    assert (verdict.measured, verdict.holds) == (None, None)
+    assert judge(claim, {"m": np.array([1.0, 2.0])}).holds is False  # x was not measured at all

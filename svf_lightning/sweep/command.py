@@ -38,7 +38,7 @@ def sweep(
     ray_address: str | None = None,
     ray_cpus: float = 1.0,
     ray_gpus: float = 0.0,
-) -> tuple[Path, int]:
+) -> tuple[Path | None, int]:
     """Run every trial of a W&B sweep file; call it again to go on.
 
     Finished trials are not run again, failed and missing ones are. Trials that differ in no shape train together.
@@ -58,7 +58,7 @@ def sweep(
         ray_gpus: GPUs of one cohort, with Ray.
 
     Returns:
-        The sweep's directory, and the exit code: 0, or 1 if a trial failed.
+        The sweep's directory (None for a dry run), and the exit code: 0, or 1 if a trial failed.
 
     Raises:
         InputError: The file or an option cannot be used.
@@ -71,7 +71,7 @@ def sweep(
     folder = Path(sweep_dir) if sweep_dir else _RUNS / read.name
     if dry_run:
         _print_trials(read, trials)
-        return folder, 0
+        return None, 0
     if not (folder / INDEX).is_file():
         check_free(folder)
     _write_index(read, trials, folder)
@@ -130,7 +130,7 @@ def _fit_settings() -> FitSettings:
     return FitSettings()
 
 
-def sweep_command(args: Sequence[str]) -> tuple[Path, int]:
+def sweep_command(args: Sequence[str]) -> tuple[Path | None, int]:
     """``sweep`` with its arguments.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from svf_lightning.sweep.file import SEEDS, short
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 INDEX, TRIALS, ERROR = "trials.json", "trials", "error.txt"
 RULE_METRIC, RULE_THRESHOLD = "alignment/matched", 0.9
@@ -129,7 +131,7 @@ class Sweep:
                     "mean": values.mean(),
                     "sd": values.std(ddof=1),
                     "min": values.min(),
-                    f"below {below:g}": float((~(values >= below)).mean()) if len(values) else np.nan,
+                    _below(below): float((~(values >= below)).mean()) if len(values) else np.nan,
                     "claims that hold": done["claims that hold"].sum() / judged if judged else np.nan,
                 }
             )
@@ -137,7 +139,7 @@ class Sweep:
 
 
 def report(folder: str | Path, *, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD) -> Sweep:
-    """Write trials.csv, cells.csv and cells.md into a sweep's directory, and print the cells.
+    """Write trials.csv, cells.csv, cells.md and report.html into a sweep's directory, and print the cells.
 
     Args:
         folder: Directory of the sweep.
@@ -147,24 +149,88 @@ def report(folder: str | Path, *, metric: str = RULE_METRIC, below: float = RULE
     Raises:
         InputError: There is no sweep in the directory.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     sweep = Sweep(folder)
     cells = sweep.cells(metric=metric, below=below)
     write_text(sweep.folder / "trials.csv", sweep.table().to_csv(index=False))
     write_text(sweep.folder / "cells.csv", cells.to_csv(index=False))
     write_text(sweep.folder / "cells.md", markdown(cells))
-    table = Table(title=f"{sweep.name}: {metric} per cell", title_justify="left")
-    for column in cells.columns:
-        table.add_column(_title(column), justify="right", no_wrap=column in ("n", "failed", "missing"))
-    for row in cells.itertuples(index=False):
-        table.add_row(*map(_shown, row))
-    console = Console()
-    console.print(table)
-    states = [sweep.state(trial["id"]) for trial in sweep.trials]
-    console.print(", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing")))
+    _write_page(sweep, cells, metric, below)
+    _print(sweep, cells, metric)
     return sweep
+
+
+def _counts(sweep: Sweep) -> str:
+    states = [sweep.state(trial["id"]) for trial in sweep.trials]
+    return ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing"))
+
+
+def _print(sweep: Sweep, cells: pd.DataFrame, metric: str) -> None:
+    """The table of cells, narrow enough for a terminal: without counts that are all zero."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = cells.drop(columns=[name for name in ("failed", "missing") if not cells[name].any()])
+    title = f"{sweep.name}: {metric} per cell"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in shown.columns:
+        table.add_column(_title(column).replace("_", "_\n"), justify="right", overflow="fold")
+    for row in shown.to_dict("records"):
+        table.add_row(*(f"{value:.2g}" if name == "sd" else _shown(value) for name, value in row.items()))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has room
+    console.print(table)
+    console.print(_counts(sweep))
+
+
+def figures(sweep: Sweep, *, rule: float | None = None, metric: str = RULE_METRIC) -> dict[str, go.Figure]:
+    """One figure per axis, by its name; none while no trial is done."""
+    from svf_lightning.report.sweep_figures import METRICS, along_axis
+
+    table = sweep.table()
+    shown = METRICS if metric in METRICS else metric
+    found = {}
+    for axis in sweep.axes:
+        others = [other for other in sweep.axes if other != axis]
+        with suppress(InputError):  # nothing is there yet
+            found[short(axis)] = along_axis(table, axis, others, shown, rule=rule)
+    return found
+
+
+def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float) -> None:
+    from svf_lightning.report.page import Section, Table, write_page
+
+    table = sweep.table()
+    judged, hold = int(table["claims"].sum()), int(table["claims that hold"].sum())
+    n_below = round(float((cells[_below(below)] * cells["n"]).sum()))
+    text = f"{_counts(sweep)}. {hold} of {judged} claims hold. {metric} is below {below:g} in {n_below} trials."
+    failures = [
+        [trial["label"] or trial["id"], (sweep.run_dir(trial["id"]) / ERROR).read_text(encoding="utf-8").strip()]
+        for trial in sweep.trials
+        if sweep.state(trial["id"]) == "failed" and (sweep.run_dir(trial["id"]) / ERROR).is_file()
+    ]
+    words = frozenset(["trial", "why"])
+    drawn = list(figures(sweep, rule=below, metric=metric).values())
+    sections = [
+        Section("Verdict", text),
+        *(
+            [Section("Failed", "", tables=[Table(["trial", "why"], failures, frozenset(["trial", "why"]))])]
+            * bool(failures)
+        ),
+        *([Section("Axes", "Final values along each parameter, as in the paper's Appendix A.", drawn)] * bool(drawn)),
+        Section(
+            "Cells",
+            f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share of "
+            f"them below {below:g}.",
+            tables=[Table([_title(c) for c in cells.columns], [[_shown(v) for v in row] for row in cells.to_numpy()])],
+        ),
+    ]
+    write_page(sweep.folder / "report.html", f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
+
+
+def _below(threshold: float) -> str:
+    return f"below {threshold:g}"
 
 
 def markdown(cells: pd.DataFrame) -> str:
@@ -180,7 +246,7 @@ def _title(column: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
-        return "-" if np.isnan(value) else f"{value:.4g}"
+        return "-" if np.isnan(value) else f"{value:.3g}"
     return str(value)
 
 

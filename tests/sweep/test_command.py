@@ -12,9 +12,11 @@ import pytest
 import yaml
 from conftest import Command
 
+from svf_lightning import cli
 from svf_lightning.errors import InputError
 from svf_lightning.sweep.command import sweep
 from svf_lightning.sweep.results import Sweep, report
+from svf_lightning.wandb_logger import RunLogger
 
 COMMAND = ["${env}", "${interpreter}", "-m", "svf_lightning", "fit", "--config", "robust_seed", "${args}"]
 SHORT = {
@@ -217,3 +219,45 @@ def test_under_an_agent_the_run_is_the_sweeps_and_its_configuration_is_stored_on
         assert b"sw33p" in written
         assert b"of-the-sweep" in written
         assert b"alignment/matched" in written
+
+
+def test_early_termination_sees_values_while_a_trial_trains(monkeypatch, tmp_path):
+    """Rows reach the logger during training, and W&B's own hyperband stops the trial that does not align."""
+    hyperband = pytest.importorskip("sweeps.hyperband_stopping")
+    from sweeps import RunState, SweepRun
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    runs = []
+    for name, weight in (("aligns", 30), ("does not", 0)):
+        logged = []
+
+        def log(self, metrics, step=None, logged=logged):
+            logged.append((self.trained(), step, dict(metrics)))
+
+        model = {}
+        monkeypatch.setattr(
+            RunLogger, "trained", lambda self, model=model: model["cli"].trainer.global_step, raising=False
+        )
+        monkeypatch.setattr(RunLogger, "log_metrics", log)
+        monkeypatch.setattr(cli.RunCLI, "_begin_run", lambda self, model=model: model.update(cli=self))
+        cli.fit(
+            [
+                "--config=robust_seed",
+                "--model.n_instances=1",
+                f"--model.lambda_attn={weight}",
+                "--trainer.max_steps=600",
+            ]
+            + ["--data.batch_size=32", "--model.learning_rate=0.01", "--run_dir", str(tmp_path / name)]
+        )
+        assert sum(trained < 600 and "alignment/matched" in metrics for trained, _, metrics in logged) >= 5
+        assert max(trained - step for trained, step, metrics in logged if step is not None) <= 400  # not long ago
+        history = [metrics for _, _, metrics in logged if "alignment/matched" in metrics]
+        runs.append(SweepRun(name=name, state=RunState.running, history=history))
+    config = {
+        "method": "grid",
+        "parameters": {"model.lambda_attn": {"values": [0, 30]}},
+        "metric": {"name": "alignment/matched", "goal": "maximize"},
+        "early_terminate": {"type": "hyperband", "min_iter": 10, "eta": 2},
+    }
+    stopped = hyperband.hyperband_stop_runs(runs, config)
+    assert [run.name for run in stopped] == ["does not"]

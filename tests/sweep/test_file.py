@@ -1,5 +1,6 @@
 """A sweep file gives the same trials, and the same command lines, as W&B's own code."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
+from svf_lightning import cli
 from svf_lightning.cli import FitSettings
 from svf_lightning.errors import InputError
+from svf_lightning.sweep.cohort import Member, train
 from svf_lightning.sweep.file import read_sweep
 
 FILES = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
@@ -79,6 +82,25 @@ def test_the_agents_command_line_of_every_shipped_file_is_understood_by_fit(path
         for part in name.split("."):
             found = found[part]
         assert found == (None if value == "null" else value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_shortened_trial_of_every_shipped_file_runs_and_measures_the_metric_that_the_file_names(path, fit, tmp_path):
+    read = read_sweep(path)
+    trial = read.trials()[0]
+    short = ["--trainer.max_steps=6", "--data.batch_size=8", "--capture.every_n_steps=3", "--trainer.logger=false"]
+    train([Member(trial.id, tmp_path / trial.id, fit.of([*trial.args[1:], *short]), trial.label, read.name)])
+    summary = json.loads((tmp_path / trial.id / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 6)
+    assert read.metric in summary["metrics"]
+    assert summary["claims"]
+
+
+def test_settings_are_resolved_as_by_the_command_itself(tmp_path, fit, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    args = ["--config=single_pair", "--seed_everything=5", "--model.lambda_attn=3.5", "--trainer.max_steps=2"]
+    cli.fit([*args, "--run_dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "config.yaml").read_text() == fit.of(args)
 
 
 def test_values_arrive_unchanged(tmp_path, fit):
