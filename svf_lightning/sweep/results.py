@@ -210,22 +210,20 @@ def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float) ->
         for trial in sweep.trials
         if sweep.state(trial["id"]) == "failed" and (sweep.run_dir(trial["id"]) / ERROR).is_file()
     ]
-    words = frozenset(["trial", "why"])
     drawn = list(figures(sweep, rule=below, metric=metric).values())
-    sections = [
-        Section("Verdict", text),
-        *(
-            [Section("Failed", "", tables=[Table(["trial", "why"], failures, frozenset(["trial", "why"]))])]
-            * bool(failures)
-        ),
-        *([Section("Axes", "Final values along each parameter, as in the paper's Appendix A.", drawn)] * bool(drawn)),
-        Section(
-            "Cells",
-            f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share of "
-            f"them below {below:g}.",
-            tables=[Table([_title(c) for c in cells.columns], [[_shown(v) for v in row] for row in cells.to_numpy()])],
-        ),
-    ]
+    sections = [Section("Verdict", text)]
+    if failures:
+        titles = ["trial", "why"]
+        sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
+    if drawn:
+        sections.append(Section("Axes", "Final values along each parameter, as in the paper's Appendix A.", drawn))
+    about = (
+        f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share of them"
+    )
+    rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
+    sections.append(
+        Section("Cells", f"{about} below {below:g}.", tables=[Table([_title(name) for name in cells.columns], rows)])
+    )
     write_page(sweep.folder / "report.html", f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
 
 
