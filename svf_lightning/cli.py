@@ -250,7 +250,7 @@ class FitSettings(ToyCLI):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.parse_arguments(self._parser(command), rest)  # the same as the whole parser, in half the time
-        self.config = Namespace(subcommand=command, **{command: self.config})
+        self.config = Namespace(subcommand=command, **{command: self.config})  # type: ignore[no-untyped-call]
         return self.resolved()
 
     def _set_seed(self) -> None: ...

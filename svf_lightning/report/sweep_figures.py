@@ -51,7 +51,9 @@ def along_axis(
     names = [name for name in ([y] if isinstance(y, str) else y) if name in trials]
     if axis not in trials or not names:
         missing = axis if axis not in trials else y
-        raise bad_value("axis or y", missing, f"columns of the table: {', '.join(trials)}", "name one of these")
+        raise bad_value(
+            "axis or y", missing, f"columns of the table: {', '.join(map(str, trials.columns))}", "name one of these"
+        )
     done = trials[trials["state"] == "done"]
     if done.empty:
         raise InputError("no trial of the sweep is done. Fix: run it, or wait for its first trials.")
@@ -62,7 +64,7 @@ def along_axis(
     at = numbers if numeric else np.array([labels.index(str(value)) for value in values], dtype=float)
     hover = [
         ", ".join(f"{name.rsplit('.', 1)[-1]} {row[name]}" for name in (axis, *others)) + f", trial {row['trial']}"
-        for _, row in done.iterrows()
+        for row in done.to_dict("records")
     ]
     figure, y_axis = final_values({name: (at, done[name].to_numpy(float)) for name in names}, hover, means=True)
     ticks = np.unique(at)

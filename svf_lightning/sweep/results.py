@@ -221,9 +221,8 @@ def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float) ->
         f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share of them"
     )
     rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
-    sections.append(
-        Section("Cells", f"{about} below {below:g}.", tables=[Table([_title(name) for name in cells.columns], rows)])
-    )
+    table_of_cells = Table([_title(name) for name in cells.columns], rows)
+    sections.append(Section("Cells", f"{about} of them below {below:g}.", tables=[table_of_cells]))
     write_page(sweep.folder / "report.html", f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
 
 

@@ -255,7 +255,7 @@ def test_early_termination_sees_values_while_a_trial_trains(monkeypatch, tmp_pat
         "method": "grid",
         "parameters": {"model.lambda_attn": {"values": [0, 30]}},
         "metric": {"name": "alignment/matched", "goal": "maximize"},
-        "early_terminate": {"type": "hyperband", "min_iter": 10, "eta": 2},
+        "early_terminate": {"type": "hyperband", "min_iter": 10, "eta": 3},
     }
     stopped = hyperband.hyperband_stop_runs(runs, config)
     assert [run.name for run in stopped] == ["does not"]
