@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from svf_lightning.errors import DivergedError, InputError, bad_value
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe, Probed
 from svf_lightning.trajectory import open_trajectory
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _BLOCK_BYTES = 1 << 20  # of probes measured in one call: with all intermediate results about a core's cache
 _LOSS_PREFIX = "loss/"
@@ -62,6 +65,17 @@ class Rows:
             for name, (dims, values) in self.values.items()
             if dims == batch[: len(dims)] and values.dtype.kind in "biuf"
         }
+
+    @classmethod
+    def read(cls, trajectory: xr.Dataset) -> Rows:
+        """The numbers in (some rows of) a trajectory, as they were measured; what has further dimensions is left."""
+        batch = trajectory.attrs["batch_dims"]
+        values = {
+            str(name): (tuple(map(str, variable.dims[1:])), variable.values)
+            for name, variable in trajectory.data_vars.items()
+            if variable.dims[1:] == batch[: variable.ndim - 1] and variable.dtype.kind in "biuf"
+        }
+        return cls(trajectory["step"].values, values, batch)
 
     def of_instances(self, instances: slice) -> Rows:
         """The same rows of some instances; what no instance has of its own stays."""
@@ -457,13 +471,7 @@ class Capture(Callback):
     def _log_others(self, trainer: Trainer) -> None:
         """Log what the other devices measured: only the first one has a logger."""
         for path in sorted(Path(trainer.default_root_dir).glob("trajectory.rank*.zarr")):
-            rows = open_trajectory(path)
-            values = {
-                str(name): (tuple(map(str, v.dims[1:])), v.values)
-                for name, v in rows.data_vars.items()
-                if v.dims[1:] == rows.attrs["batch_dims"][: v.ndim - 1]
-            }
-            self._log(Rows(rows["step"].values, values, rows.attrs["batch_dims"]), trainer)
+            self._log(Rows.read(open_trajectory(path)), trainer)
 
     def _check_finite(self, rows: Rows) -> None:
         total = rows.scalars().get("loss/total")

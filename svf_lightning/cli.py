@@ -1,4 +1,4 @@
-"""The command line: ``python -m svf_lightning fit | validate | test | replay | sweep | report``."""
+"""The command line: ``python -m svf_lightning fit | validate | test | replay | sweep | report | publish``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from svf_lightning.errors import CheckpointError, DivergedError, InputError, bad
 from svf_lightning.run_dir import CONFIG, check_free, is_replay, new_run_dir, owner_of, write_text
 from svf_lightning.toy import ToyAttentionModel, ToyData
 from svf_lightning.toy.model import check_state_fits
-from svf_lightning.trajectory import FILE_NAME
+from svf_lightning.trajectory import FILE_NAME, has_trajectory
 from svf_lightning.wandb_logger import RunLogger, say
 
 DEFAULT_PRESET = "single_pair"
@@ -41,7 +41,8 @@ _HELP = """usage: python -m svf_lightning COMMAND [options]
   test      the same on other held-out draws
   replay    measure the training checkpoints of a language model; with no option, of a small suite that it trains
   sweep     run every trial of a W&B sweep file, without the W&B cloud
-  report    the table and the figures of a sweep's directory
+  report    one HTML page for a run directory or a sweep's directory, at any time
+  publish   the W&B run of a run directory: of a run that was offline, interrupted, or not logged
 
 COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
 """
@@ -97,6 +98,9 @@ class RunCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Directory of this run (default: runs/<experiment.name>/<id>).",
+        )
+        parser.add_argument(
+            "--report", type=bool, default=True, help="Write report.html into the run directory, after fit and replay."
         )
         parser.add_class_arguments(Experiment, "experiment")
         parser.add_class_arguments(CaptureOptions, "capture")
@@ -156,7 +160,7 @@ class RunCLI(LightningCLI):
         """The settings that were parsed, as YAML that repeats the run; where it goes is not a setting."""
         config = self.config[self.subcommand]
         settings = Namespace(  # type: ignore[no-untyped-call]
-            {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir")}
+            {k: v for k, v in config.items(branches=True) if k not in ("config", "ckpt_path", "run_dir", "report")}
         )
         text: str = self._parser(self.subcommand).dump(settings, skip_unset=False, skip_validation=True)
         return text
@@ -315,13 +319,22 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     _quiet_the_libraries()
     try:
-        if given[:1] and given[0] in ("sweep", "report"):
-            from svf_lightning.sweep import command
+        if given[:1] == ["sweep"]:
+            from svf_lightning.sweep.command import sweep_command
 
-            place, code = (command.sweep_command if given[0] == "sweep" else command.report_command)(given[1:])
+            place, code = sweep_command(given[1:])
+        elif given[:1] == ["report"]:
+            from svf_lightning.report.command import report_command
+
+            place, code = report_command(given[1:])
+        elif given[:1] == ["publish"]:
+            from svf_lightning.publish import publish_command
+
+            place, code = publish_command(given[1:])
         else:
             cli = _run(given)
             place, code = cli.run_dir, cli.exit_code
+            _write_report(cli)
     except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("SVF_DEBUG") == "1":
             raise
@@ -340,6 +353,22 @@ def main(args: Sequence[str] | None = None) -> int:
     if place is not None:
         print(place)  # noqa: T201
     return code
+
+
+def _write_report(cli: RunCLI) -> None:
+    """The page of a run that has ended. Whatever goes wrong with it, the run itself is whole."""
+    config = cli.config[cli.subcommand]
+    if cli.subcommand not in ("fit", "replay") or not config.report or not cli.trainer.is_global_zero:
+        return
+    if not has_trajectory(cli.run_dir):
+        return
+    try:
+        from svf_lightning.report.run_page import write_run_page
+
+        write_run_page(cli.run_dir)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"report.html was not written ({reason}); to try again: python -m svf_lightning report {cli.run_dir}")
 
 
 def _run(args: list[str]) -> RunCLI:

@@ -33,23 +33,33 @@ p { margin: .25rem 0 .75rem; max-width: 46rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { text-align: right; vertical-align: bottom; background: var(--mark); }
-.words { text-align: left; white-space: normal; min-width: 9rem; }
+.words { text-align: left; white-space: normal; }
+.words:nth-child(2) { min-width: 9rem; }
 code { background: var(--mark); padding: .1rem .3rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0 0; min-width: 0; }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .5rem 0; }
+.controls .grow { flex: 1 1 16rem; display: flex; gap: .5rem; align-items: center; }
+.controls input[type="range"] { flex: 1; min-width: 8rem; }
+button, select { font: inherit; color: var(--text); background: var(--mark); border: 1px solid var(--soft);
+  border-radius: .3rem; padding: .2rem .7rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem; }
+.cell { min-width: 0; height: 340px; }
+details { margin-top: .5rem; }
+summary { cursor: pointer; }
 figcaption { color: var(--soft); font-size: .9rem; }
 """
 _SCRIPT = """
-const data = JSON.parse(document.getElementById("figures").textContent);
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const look = () => data.templates[dark.matches ? "dark" : "light"];
-const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
-if (window.innerWidth < 700) options.displayModeBar = false;
-for (const [id, figure] of Object.entries(data.figures)) {
-  figure.layout.template = look();
-  Plotly.newPlot(id, figure.data, figure.layout, options);
+const pageData = JSON.parse(document.getElementById("figures").textContent);
+const pageDark = window.matchMedia("(prefers-color-scheme: dark)");
+const pageLook = () => pageData.templates[pageDark.matches ? "dark" : "light"];
+const pageOptions = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
+if (window.innerWidth < 700) pageOptions.displayModeBar = false;
+for (const [id, figure] of Object.entries(pageData.figures)) {
+  figure.layout.template = pageLook();
+  Plotly.newPlot(id, figure.data, figure.layout, pageOptions);
 }
-dark.addEventListener("change", () => {
-  for (const id of Object.keys(data.figures)) Plotly.relayout(id, {template: look()});
+pageDark.addEventListener("change", () => {
+  for (const id of Object.keys(pageData.figures)) Plotly.relayout(id, {template: pageLook()});
 });
 """
 
@@ -79,6 +89,7 @@ class Section:
         figures: Figures; their titles and subtitles are set as text above them, where they can wrap.
         tables: Tables under the figures.
         commands: Command lines to copy.
+        explorer: What :func:`svf_lightning.report.explorer.frames` gives, for the time slider; a page has one at most.
     """
 
     title: str
@@ -86,6 +97,7 @@ class Section:
     figures: Sequence[go.Figure] = ()
     tables: Sequence[Table] = ()
     commands: Sequence[str] = ()
+    explorer: dict[str, Any] | None = None
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -98,6 +110,7 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
         sections: From top to bottom.
     """
     figures: dict[str, Any] = {}
+    scripts = [_SCRIPT]
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     for section in sections:
         body.append(f"<section><h2>{escape(section.title)}</h2>")
@@ -110,20 +123,48 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
             height = figures[name]["layout"]["height"]
             body.append(
                 f"<figure><figcaption><strong>{_words(heading)}</strong><br>{_words(caption)}</figcaption>"
-                f'<div id="{name}" role="img" aria-label="{escape(heading)}" style="height:{height}px"></div></figure>'
+                f'<div class="wide"><div id="{name}" role="img" aria-label="{escape(heading)}" '
+                f'style="height:{height}px{_least_width(figure)}"></div></div></figure>'
             )
+        if section.explorer is not None:
+            body.append(_explorer(section.explorer))
+            scripts.append((Path(__file__).parent / "explorer.js").read_text(encoding="utf-8"))
         body += [_table(table) for table in section.tables]
         body.append("</section>")
     looks = {name: template.to_plotly_json() for name, template in TEMPLATES.items()}
-    data = json.dumps({"figures": figures, "templates": looks}).replace("<", "\\u003c")  # no tag inside the script
+    data = _json({"figures": figures, "templates": looks})
     write_text(
         Path(path),
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
-        + f'\n</main>\n<script type="application/json" id="figures">{data}</script>\n<script>{_SCRIPT}</script>\n'
-        "</body>\n</html>\n",
+        + f'\n</main>\n<script type="application/json" id="figures">{data}</script>\n'
+        + "".join(f"<script>{script}</script>\n" for script in scripts)
+        + "</body>\n</html>\n",
+    )
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a script element: without a tag."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _explorer(frames: dict[str, Any]) -> str:
+    """The slider, its buttons, and places for its figures."""
+    n, of = len(frames["instances"]), frames["n_instances"]
+    picker = "".join(f'<option value="{i}">{i}</option>' for i in range(n))
+    note = f" (the first {n} of {of})" if n < of else ""
+    choice = f'<label>instance{note} <select id="explorer-instance">{picker}</select></label>' if of > 1 else ""
+    last = len(frames["steps"]) - 1
+    names = [*(("left", "right") if frames["rank"] else ()), "gram", "plane"]
+    return (
+        '<div class="controls"><button type="button" id="explorer-play" aria-pressed="false">Play</button>'
+        f'<label class="grow">training step <input type="range" id="explorer-step" min="0" max="{last}" value="{last}">'
+        f'</label>{choice}</div><p id="explorer-now" role="status"></p>'
+        '<div class="controls" id="explorer-marks"></div><div class="grid">'
+        + "".join(f'<div id="explorer-{name}" class="cell"></div>' for name in names)
+        + f'</div><script type="application/json" id="explorer-data">{_json(frames)}</script>'
     )
 
 
@@ -136,10 +177,16 @@ def _plain(figure: go.Figure) -> tuple[dict[str, Any], str, str]:
     title = layout.pop("title", {})
     full = layout.get("height", 450)
     layout["height"] = full - _TITLE
+    layout["modebar"] = {"orientation": "v"}  # beside the legend, not over it
     layout["margin"] = {**layout["margin"], "t": max(20, layout["margin"]["t"] - _TITLE)}
     if layout.get("legend", {}).get("yref") == "container":
         layout["legend"]["y"] = 1 - ((1 - layout["legend"]["y"]) * full - _TITLE) / layout["height"]
     return found, title.get("text", ""), title.get("subtitle", {}).get("text", "")
+
+
+def _least_width(figure: go.Figure) -> str:
+    """Panels side by side need room; on a phone they are scrolled."""
+    return ";min-width:720px" if len(list(figure.select_xaxes())) > 1 else ""
 
 
 def _words(text: str) -> str:

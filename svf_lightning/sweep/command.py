@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from svf_lightning.arguments import parsed
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.run_dir import check_free, write_json, write_text
 from svf_lightning.sweep.cohort import Member, group_members
 from svf_lightning.sweep.engines import Outcome, default_memory_bytes, run_local, run_ray, worker_pool
 from svf_lightning.sweep.file import SweepFile, Trial, read_sweep
-from svf_lightning.sweep.results import ERROR, INDEX, TRIALS, Sweep, report
+from svf_lightning.sweep.results import ERROR, INDEX, TRIALS, Sweep, report_sweep
 
 if TYPE_CHECKING:
     from svf_lightning.cli import FitSettings
@@ -94,7 +95,8 @@ def sweep(
             running = run_ray(cohorts_of(members), address=ray_address, cpus=ray_cpus, gpus=ray_gpus, log=log)
             _follow(running, n_trials=len(members))
     finally:  # also after Ctrl-C
-        found = report(folder)
+        report_sweep(folder)
+    found = Sweep(folder)
     n_failed = sum(found.state(trial.id) != "done" for trial in trials)
     return folder, int(n_failed > 0)
 
@@ -137,27 +139,7 @@ def sweep_command(args: Sequence[str]) -> tuple[Path | None, int]:
         ArgumentError: An argument is not known or not usable.
         InputError: The file or an option cannot be used.
     """
-    return sweep(**_parsed(sweep, args))
-
-
-def report_command(args: Sequence[str]) -> tuple[Path, int]:
-    """``report`` with its arguments.
-
-    Raises:
-        ArgumentError: An argument is not known or not usable.
-        InputError: There is no sweep in the directory.
-    """
-    return report(**_parsed(report, args)).folder, 0
-
-
-def _parsed(command: Callable[..., object], args: Sequence[str]) -> dict[str, Any]:
-    from jsonargparse import ArgumentParser
-
-    name = command.__name__
-    parser = ArgumentParser(prog=f"python -m svf_lightning {name}", exit_on_error=False, description=command.__doc__)
-    parser.add_function_arguments(command, as_group=False, as_positional=True)
-    given = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]  # a flag, to whoever types it
-    return dict(parser.parse_args(given).as_dict())
+    return sweep(**parsed(sweep, args))
 
 
 def _write_index(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None:

@@ -138,13 +138,19 @@ class Sweep:
         return pd.DataFrame(rows)
 
 
-def report(folder: str | Path, *, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD) -> Sweep:
+def report_sweep(
+    folder: str | Path, *, out: str | Path | None = None, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD
+) -> Path:
     """Write trials.csv, cells.csv, cells.md and report.html into a sweep's directory, and print the cells.
 
     Args:
         folder: Directory of the sweep.
+        out: The page; None for report.html in the directory.
         metric: Metric of the table.
         below: The table gives the share of trials whose metric is below this.
+
+    Returns:
+        The page.
 
     Raises:
         InputError: There is no sweep in the directory.
@@ -154,9 +160,10 @@ def report(folder: str | Path, *, metric: str = RULE_METRIC, below: float = RULE
     write_text(sweep.folder / "trials.csv", sweep.table().to_csv(index=False))
     write_text(sweep.folder / "cells.csv", cells.to_csv(index=False))
     write_text(sweep.folder / "cells.md", markdown(cells))
-    _write_page(sweep, cells, metric, below)
+    page = Path(out) if out else sweep.folder / "report.html"
+    _write_page(sweep, cells, metric, below, page)
     _print(sweep, cells, metric)
-    return sweep
+    return page
 
 
 def _counts(sweep: Sweep) -> str:
@@ -198,7 +205,7 @@ def figures(sweep: Sweep, *, rule: float | None = None, metric: str = RULE_METRI
     return found
 
 
-def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float) -> None:
+def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float, path: Path) -> None:
     from svf_lightning.report.page import Section, Table, write_page
 
     table = sweep.table()
@@ -223,7 +230,7 @@ def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float) ->
     rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
     table_of_cells = Table([_title(name) for name in cells.columns], rows)
     sections.append(Section("Cells", f"{about} of them below {below:g}.", tables=[table_of_cells]))
-    write_page(sweep.folder / "report.html", f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
+    write_page(path, f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
 
 
 def _below(threshold: float) -> str:

@@ -15,7 +15,7 @@ from conftest import Command
 from svf_lightning import cli
 from svf_lightning.errors import InputError
 from svf_lightning.sweep.command import sweep
-from svf_lightning.sweep.results import Sweep, report
+from svf_lightning.sweep.results import Sweep, report_sweep
 from svf_lightning.wandb_logger import RunLogger
 
 COMMAND = ["${env}", "${interpreter}", "-m", "svf_lightning", "fit", "--config", "robust_seed", "${args}"]
@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_and_exit_code_2(file, command: Command, arguments
 
 def test_a_report_needs_a_sweep(tmp_path):
     with pytest.raises(InputError, match="holds no sweep"):
-        report(tmp_path)
+        report_sweep(tmp_path)
 
 
 def test_the_rule_counts_trials_below_it_and_those_without_a_number(file, tmp_path):

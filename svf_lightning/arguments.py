@@ -1,0 +1,21 @@
+"""Command lines of the commands that are plain functions (``sweep``, ``report``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def parsed(command: Callable[..., object], args: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a function from a command line: those without a default by position, the others as options.
+
+    Raises:
+        ArgumentError: An argument is not known or not usable.
+    """
+    from jsonargparse import ArgumentParser
+
+    name = command.__name__
+    parser = ArgumentParser(prog=f"python -m svf_lightning {name}", exit_on_error=False, description=command.__doc__)
+    parser.add_function_arguments(command, as_group=False, as_positional=True)
+    given = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]  # a flag, to whoever types it
+    return dict(parser.parse_args(given).as_dict())

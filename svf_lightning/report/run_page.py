@@ -1,0 +1,241 @@
+"""The page of one run: what it claims and measured, its dynamics, its figures, and how to repeat it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+import yaml
+
+from svf_lightning.errors import InputError
+from svf_lightning.report.drawing import (
+    BLUE,
+    GREEN,
+    LABELS,
+    ORANGE,
+    PURPLE,
+    SIGMA,
+    SKY,
+    VERMILLION,
+    Entry,
+    Steps,
+    finish,
+    mean_of_finite,
+    read,
+    subtitle_of,
+)  # fmt: skip
+from svf_lightning.report.explorer import frames
+from svf_lightning.report.figures import FIGURES
+from svf_lightning.report.page import Section, Table, write_page
+from svf_lightning.report.replay_figures import REPLAY_FIGURES
+from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
+from svf_lightning.trajectory import open_trajectory
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+REPORT = "report.html"
+_INSTANCES_EACH = 64  # lines of a panel; more cannot be told apart
+_POINTS_EACH = 150  # of an instance's thin line
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("loss", "log", (("loss/recon", "reconstruction loss", BLUE), ("loss/attn", "attention loss (nats)", VERMILLION))),
+    (
+        f"{SIGMA}<sub>k</sub> (nats)",
+        "linear",
+        (("spectrum/sigma_1", "first singular value", GREEN), ("spectrum/sigma_2", "second singular value", ORANGE)),
+    ),
+    (
+        "|cosine|",
+        "linear",
+        (
+            ("alignment/matched", "alignment of singular vectors", BLUE),
+            ("orthogonality/attended_vs_rest", "attended against other features", VERMILLION),
+            ("orthogonality/rest_vs_rest", "among other features", SKY),
+        ),
+    ),
+    ("S(v)", "linear", (("sad/sparseness", "sparseness of attention scores", PURPLE),)),
+)
+
+
+def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, also of one that goes on or was killed.
+
+    Args:
+        run_dir: A run directory with a trajectory.
+        out: The file; None for report.html in the run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: There is no trajectory, or it cannot be read.
+    """
+    run_dir = Path(run_dir)
+    dataset = open_trajectory(run_dir)
+    summary = _json(run_dir / SUMMARY)
+    config = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")) if (run_dir / CONFIG).is_file() else {}
+    replay = is_replay(run_dir)
+    experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
+    command = f"python -m svf_lightning {'replay' if replay else 'fit'} --config {run_dir / CONFIG}"
+    sections = [_verdict(summary, dataset)]
+    if not replay:
+        if (figure := dynamics(dataset)) is not None:
+            text = "Mean over instances (thick) and every instance (thin). Pointing at a step shows all its values."
+            sections.append(Section("Dynamics (Fig. 3)", text, [figure]))
+        if (found := frames(dataset)) is not None:
+            text = "In the Gram matrix, attended features (bold) fade against the others as they become orthogonal."
+            if found["rank"]:
+                text = f"An attended feature is aligned when one singular vector points along it alone. {text}"
+            sections.append(Section("Through training (Figs. 1 and 2)", text, explorer=found))
+    figures = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
+    for shown in () if replay else ("fig_3", "spectrum_over_time", *(["fig_1a"] if "U" in dataset else [])):
+        del figures[shown]  # the panels over steps show it, or Fig. 1b does with the head that the run has
+    for entry, figure in _drawn(dataset, figures):
+        sections.append(Section(f"{entry.description} ({entry.paper})", figures=[figure]))
+    sections.append(_settings(config, summary, command))
+    path = Path(out) if out else run_dir / REPORT
+    about = [f"run {run_dir.name}", "replay of a language model" if replay else "toy model"]
+    write_page(path, experiment, " · ".join(about), sections)
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset) -> Section:
+    """Claims with their numbers."""
+    last = int(dataset["step"].values[-1])
+    if not summary:
+        return Section("Verdict", f"The run has not ended, or was killed: {last:,} is the last step that it stored.")
+    answers = {True: "yes", False: "no", None: "open"}
+    rows = [
+        [
+            answers[claim["holds"]],
+            claim["claim"],
+            "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}",
+            claim["needed"].replace(", open question", ""),
+            claim["figure"],
+        ]
+        for claim in summary["claims"]
+    ]
+    judged = [claim["holds"] for claim in summary["claims"] if claim["holds"] is not None]
+    hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
+    text = f"{hold}. The run is {summary['status']} at step {summary['steps']:,}, after {summary['seconds']:,.0f} s."
+    words = frozenset(["holds", "claim", "paper"])
+    titles = ["holds", "claim", "measured", "needed", "paper"]
+    return Section("Verdict", text, tables=[Table(titles, rows, words)] if rows else [])
+
+
+def _settings(config: Mapping[str, Any], summary: Mapping[str, Any], command: str) -> Section:
+    """Settings that the model and the data have, versions, and the command that repeats the run."""
+    rows = [
+        [f"{part}.{name}", json.dumps(value)]
+        for part in ("model", "data", "trainer", "capture")
+        for name, value in (config.get(part) or {}).items()
+        if value is not None and name not in ("callbacks", "logger")
+    ]
+    versions = [[name, str(version)] for name, version in summary.get("versions", {}).items()]
+    tables = [Table(["setting", "value"], rows, frozenset(["setting", "value"]))] if rows else []
+    tables += [Table(["package", "version"], versions, frozenset(["package", "version"]))] if versions else []
+    return Section("Settings", "The same run again:", tables=tables, commands=[command])
+
+
+def _drawn(dataset: xr.Dataset, entries: Mapping[str, Entry]) -> Iterator[tuple[Entry, go.Figure]]:
+    """All figures that the run has the data for."""
+    for entry in entries.values():
+        try:
+            log = "x_axis" in inspect.signature(entry.draw).parameters
+            yield entry, entry.draw(dataset, **({"x_axis": "log"} if log else {}))
+        except InputError:
+            continue
+
+
+def dynamics(dataset: xr.Dataset) -> go.Figure | None:
+    """Losses, singular values, alignment, orthogonality and sparseness over one step axis, with one cursor (Fig. 3).
+
+    Args:
+        dataset: A trajectory of the toy model.
+
+    Returns:
+        The figure; None if the run holds none of them, or has a single step.
+    """
+    if dataset.sizes["step"] < 2:
+        return None
+    panels = []
+    for title, scale, lines in _PANELS:
+        known = tuple(line for line in lines if line[0] in dataset and dataset[line[0]].dims == ("step", "instance"))
+        if known:
+            panels.append((title, scale, known))
+    if not panels:
+        return None
+    figure, time = go.Figure(), Steps(dataset, "log")
+    gap, height = 0.05, 1 / len(panels)
+    layout: dict[str, Any] = {}
+    for number, (title, scale, lines) in enumerate(panels):
+        axis = f"y{number + 1 if number else ''}"
+        top = 1 - number * height
+        domain = [max(0.0, top - height + (gap if number < len(panels) - 1 else 0)), top]
+        layout[f"yaxis{number + 1 if number else ''}"] = {"title": {"text": title}, "type": scale, "domain": domain}
+        if title == "|cosine|":
+            layout[f"yaxis{number + 1 if number else ''}"]["range"] = [0, 1.03]
+        for name, label, colour in lines:
+            values = read(dataset, name, "step", "instance")
+            _thin_lines(figure, time, values, colour, name, axis)
+            mean = mean_of_finite(values, 1)
+            options = {"legendgroup": name, "yaxis": axis, "hover": LABELS.get(name, label), "connectgaps": True}
+            time.line(figure, mean, colour, label, width=2.5, **options)
+    log = {"xaxis.type": "log", "xaxis.tickmode": "array", "xaxis.title.text": "training step (log scale)"}
+    linear = {"xaxis.type": "linear", "xaxis.tickmode": "auto", "xaxis.title.text": "training step"}
+    buttons = [
+        {"label": label, "method": "relayout", "args": [{**axis, "xaxis.autorange": True}]}
+        for label, axis in (("log steps", log), ("linear steps", linear))
+    ]
+    n = dataset.sizes["instance"]
+    thin = f"; thin: {'each' if n <= _INSTANCES_EACH else f'{_INSTANCES_EACH} of them'}" if n > 1 else ""
+    return finish(
+        figure,
+        "Losses, singular values, alignment and orthogonality",
+        subtitle_of(dataset, f"thick: mean over instances{thin}"),
+        height=190 * len(panels) + 150,
+        xaxis={
+            **time.axis, "anchor": f"y{len(panels) if len(panels) > 1 else ''}", "showspikes": True,
+            "spikemode": "across", "spikesnap": "cursor", "spikethickness": 1, "spikedash": "dot",
+        },
+        hovermode="x",
+        hoversubplots="axis",
+        updatemenus=[
+            {
+                "type": "buttons", "direction": "right", "buttons": buttons, "showactive": True,
+                "x": 1, "xanchor": "right", "y": 0, "yanchor": "top", "pad": {"t": 45},
+            }
+        ],
+        **layout,
+    )  # fmt: skip
+
+
+def _thin_lines(figure: go.Figure, time: Steps, values: np.ndarray, colour: str, name: str, axis: str) -> None:
+    """Every instance, as one trace with gaps."""
+    if values.shape[1] < 2:
+        return
+    kept = time.kept[np.isfinite(values[time.kept]).any(1)]  # some quantities are not measured at every step
+    rows = kept[:: max(1, len(kept) // _POINTS_EACH)]
+    n = min(values.shape[1], _INSTANCES_EACH)
+    x = np.tile([*time.x[rows], np.nan], n)
+    y = np.concatenate([[*values[rows, i], np.nan] for i in range(n)])
+    figure.add_scatter(
+        x=np.round(x, 3),
+        y=[float(f"{value:.4g}") for value in y],
+        mode="lines",
+        line={"color": colour, "width": 0.8},
+        opacity=0.3,
+        legendgroup=name,
+        showlegend=False,
+        hoverinfo="skip",
+        yaxis=axis,
+    )

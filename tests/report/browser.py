@@ -1,0 +1,49 @@
+"""A page in a headless browser: what its scripts say, and what they complain about."""
+
+import asyncio
+import shutil
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+def in_browser(page, *expressions, dark=False, width=1440):
+    """Values of JavaScript expressions in a page, one after the other, and the page's errors."""
+    return asyncio.run(_in_browser(page, expressions, dark, width))
+
+
+async def _in_browser(page, expressions, dark, width):
+    from choreographer import Browser
+
+    async with Browser(CHROMIUM, headless=True, enable_sandbox=False) as browser:
+        tab = await browser.create_tab("about:blank")
+
+        async def send(command, **params):
+            answer = await tab.send_command(command, params or None)
+            assert "error" not in answer, answer
+            return answer["result"]
+
+        await send("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await send("Emulation.setEmulatedMedia", features=[scheme])
+        catch = "window.pageErrors = []; addEventListener('error', (event) => pageErrors.push(event.message));"
+        catch += "console.error = (...words) => pageErrors.push(words.join(' '));"
+        await send("Page.enable")
+        await send("Page.addScriptToEvaluateOnNewDocument", source=catch)
+        await send("Page.navigate", url=page.as_uri())
+
+        async def value(expression):
+            options = {"returnByValue": True, "awaitPromise": True}
+            found = await send("Runtime.evaluate", expression=expression, **options)
+            assert "exceptionDetails" not in found, found["exceptionDetails"]
+            return found["result"].get("value")
+
+        for _ in range(300):
+            if await value("document.readyState === 'complete' && location.href !== 'about:blank'"):
+                break
+            await asyncio.sleep(0.1)
+        await value("new Promise((done) => setTimeout(done, 500))")  # plotly draws
+        values = [await value(expression) for expression in expressions]
+        return values, await value("pageErrors")

@@ -1,0 +1,159 @@
+"""Pages of real runs, opened in a real browser."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from browser import in_browser, needs_browser
+
+from svf_lightning import cli
+from svf_lightning.errors import InputError
+from svf_lightning.report.command import report
+from svf_lightning.report.explorer import frames
+from svf_lightning.report.run_page import dynamics, write_run_page
+from svf_lightning.trajectory import open_trajectory
+
+EVIL = "<script>document.title='broken'</script>"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A short run of the default preset, under a name that would be markup."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    cli.fit(
+        [
+            "--config=single_pair", "--trainer.max_steps=60", "--data.batch_size=32", "--model.n_instances=3",
+            "--trainer.logger=false", f"--experiment.name={EVIL}", "--run_dir", str(folder),
+        ]
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return write_run_page(run_dir)
+
+
+def test_the_page_has_the_claims_and_says_how_to_repeat_the_run(page, run_dir):
+    text = page.read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for claim in summary["claims"]:
+        assert f"{claim['measured']:.4g}" in text
+    assert f"python -m svf_lightning fit --config {run_dir / 'config.yaml'}" in text
+    assert "model.n_features" in text
+    assert summary["versions"]["torch"] in text
+
+
+def test_the_page_needs_no_network_and_stays_small(page):
+    text = page.read_text()
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+    assert len(text) < 8e6
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_every_figure_without_an_error(page, dark, width):
+    figures = "[...document.querySelectorAll('.js-plotly-plot')]"
+    values, errors = in_browser(
+        page,
+        f"{figures}.length",
+        f"{figures}.filter((figure) => !figure.querySelector('.trace, .heatmaplayer image, .hm')).map((f) => f.id)",
+        "document.querySelectorAll('[id^=figure-]').length + document.querySelectorAll('.cell').length",
+        "document.title",
+        "getComputedStyle(document.body).backgroundColor",
+        f"{figures}.map((figure) => figure.layout.template.layout.paper_bgcolor)",
+        "document.documentElement.scrollWidth <= window.innerWidth",
+        dark=dark,
+        width=width,
+    )
+    n, empty, places, title, background, papers, fits = values
+    assert errors == []
+    assert n == places >= 8
+    assert empty == []
+    assert title == EVIL
+    assert background == ("rgb(22, 22, 22)" if dark else "rgb(255, 255, 255)")
+    assert set(papers) == {"#161616" if dark else "#FFFFFF"}
+    assert fits
+
+
+@needs_browser
+def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
+    shown = "JSON.stringify(document.getElementById('explorer-left').data[0].z)"
+    move = (
+        "{s} = document.getElementById('explorer-step'); {s}.value = {at}; {s}.dispatchEvent(new Event('input')); {z}"
+    )
+    pick = (
+        "p = document.getElementById('explorer-instance'); p.value = 1; p.dispatchEvent(new Event('change')); " + shown
+    )
+    values, errors = in_browser(
+        page,
+        shown,
+        move.format(s="s", at=0, z=shown),
+        "document.getElementById('explorer-now').textContent",
+        pick,
+        "document.getElementById('explorer-step').getAttribute('aria-valuetext')",
+    )
+    assert errors == []
+    dataset = open_trajectory(run_dir)
+    for text, step, instance in ((values[0], -1, 0), (values[1], 0, 0), (values[3], 0, 1)):
+        expected = dataset["cosine_left"].isel(step=step, instance=instance).values
+        np.testing.assert_allclose(np.array(json.loads(text)), expected, atol=0.5 / 127 + 1e-6)
+    assert values[2] == values[4] == "step 0"
+
+
+@needs_browser
+def test_the_play_button_runs_to_the_end_and_stops(page):
+    wait = "new Promise((done) => setTimeout(() => done(document.getElementById('explorer-play').textContent), {}))"
+    values, errors = in_browser(
+        page,
+        "document.getElementById('explorer-play').click(); document.getElementById('explorer-play').textContent",
+        wait.format(60 * 250),
+        "document.getElementById('explorer-step').value === document.getElementById('explorer-step').max",
+    )
+    assert errors == []
+    assert values == ["Pause", "Play", True]
+
+
+def test_the_plane_shows_the_attended_pair_at_its_lengths_and_angle(run_dir):
+    import base64
+
+    dataset = open_trajectory(run_dir)
+    found = frames(dataset)
+    assert found["pair"] == (0, 1)
+    assert (found["steps"][0], found["steps"][-1]) == (0, 60)
+    F, N = len(found["steps"]), dataset.sizes["feature"]
+    points = np.frombuffer(base64.b64decode(found["instances"][2]["plane"]), np.int8).reshape(F, 2, N).astype(float)
+    W = dataset["W"].isel(step=-1, instance=2).values
+    x, y = points[-1, :, 0], points[-1, :, 1]
+    cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    assert y[1] >= 0
+    assert cosine == pytest.approx(W[:, 0] @ W[:, 1] / np.linalg.norm(W[:, 0]) / np.linalg.norm(W[:, 1]), abs=0.03)
+    assert np.linalg.norm(x) / np.linalg.norm(y) == pytest.approx(
+        np.linalg.norm(W[:, 0]) / np.linalg.norm(W[:, 1]), abs=0.03
+    )
+
+
+def test_dynamics_show_the_mean_and_every_instance_on_one_axis(run_dir):
+    dataset = open_trajectory(run_dir)
+    figure = dynamics(dataset)
+    thick = next(trace for trace in figure.data if trace.name == "alignment of singular vectors")
+    np.testing.assert_allclose(thick.y, dataset["alignment/matched"].values.mean(1), rtol=1e-5)
+    assert {trace.xaxis for trace in figure.data} == {None}  # one x axis for all panels
+    thin = [trace for trace in figure.data if trace.line.width == 0.8 and trace.legendgroup == "alignment/matched"]
+    assert np.isnan(np.array(thin[0].y, dtype=float)).sum() == 3  # a gap after each instance
+
+
+def test_the_page_of_a_killed_run_says_so(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "killed")
+    (tmp_path / "killed" / "summary.json").unlink()
+    page, code = report(str(tmp_path / "killed"), out=str(tmp_path / "page.html"))
+    assert (page, code) == (tmp_path / "page.html", 0)
+    assert "has not ended, or was killed: 60 is the last step" in page.read_text()
+
+
+def test_a_folder_without_a_run_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="not a trajectory"):
+        report(str(tmp_path))
