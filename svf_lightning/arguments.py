@@ -1,4 +1,4 @@
-"""Command lines of the commands that are plain functions (``sweep``, ``report``)."""
+"""Command lines of the commands that are plain functions (``sweep``, ``report``, ``publish``)."""
 
 from __future__ import annotations
 

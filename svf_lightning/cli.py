@@ -278,7 +278,7 @@ class ReplayCLI(RunCLI):
 
     def _choose_run_dir(self, config: Namespace) -> Path:
         inherited = os.environ.get(_RUN_DIR)  # the processes of further devices run this same command line again
-        if config.run_dir is None and inherited is not None and "LOCAL_RANK" in os.environ:
+        if inherited is not None and "LOCAL_RANK" in os.environ:
             return Path(inherited)
         run_dir = Path(config.run_dir) if config.run_dir else new_run_dir(config.experiment.name, _RUNS)
         if not is_replay(run_dir):

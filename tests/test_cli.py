@@ -35,7 +35,7 @@ def test_fit_writes_everything_into_one_run_directory_and_prints_it_last(finishe
     assert re.fullmatch(r"runs/single_pair/\d{8}-\d{6}-[0-9a-f]{4}", result.stdout.strip().splitlines()[-1])
     assert [p.name for p in command.folder.iterdir()] == ["runs"]
     names = {p.name for p in run_dir.iterdir()}
-    assert names == {"checkpoints", "config.yaml", "summary.json", "trajectory.zarr", "wandb"}
+    assert names == {"checkpoints", "config.yaml", "report.html", "summary.json", "trajectory.zarr", "wandb"}
     assert "alignment comes before" in result.stdout
     assert "Traceback" not in result.stderr
     assert f"wandb sync runs/single_pair/{run_dir.name}/wandb/offline-run-" in result.stderr
@@ -283,5 +283,6 @@ def test_the_installed_wheel_brings_callbacks_and_presets(tmp_path):
         [sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     assert result.returncode == 0, result.stderr
+    assert next(work.glob("runs/*/*/report.html")).stat().st_size > 1e6  # with its script, a file of the package
     assert str(tmp_path / "site") in result.stdout
     assert list(work.glob("runs/single_pair/*/summary.json"))

@@ -415,8 +415,9 @@ def test_help_names_every_command(command: Command):
     assert "replay" in command("repaly").stderr
 
 
-def test_two_devices_share_the_checkpoints(suite, command: Command):
-    options = [*suite_options(suite), *SHORT, "--trainer.devices=2", "--trainer.strategy=ddp"]
+@pytest.mark.parametrize("where", [[], ["--run_dir=here"]])
+def test_two_devices_share_the_checkpoints(suite, command: Command, where):
+    options = [*suite_options(suite), *SHORT, "--trainer.devices=2", "--trainer.strategy=ddp", *where]
     result = command("replay", *options)
     assert result.returncode == 0, result.stderr
     run_dir = run_dir_of(result, command)
