@@ -122,7 +122,7 @@ class RunLogger(WandbLogger):
 
     def _begin(self) -> Any:
         settings = {"silent": True, "console": "off", "init_timeout": 30.0}
-        if self._quiet:  # a trial among many: the sweep keeps the list of packages, which takes longest to make
+        if self._quiet:  # a trial among many: its sweep keeps the list of packages, once (requirements.txt)
             settings["x_save_requirements"] = False
         modes = list(dict.fromkeys([self._mode, "offline", "disabled"]))
         if self._mode == "disabled":

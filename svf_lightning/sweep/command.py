@@ -8,6 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -147,6 +148,9 @@ def _write_index(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None
     entries = [
         {"id": t.id, "label": t.label, "values": dict(t.values), "varied": t.varied, "args": t.args} for t in trials
     ]
+    # W&B keeps this list with every run; for hundreds of trials of one environment it takes too long to make
+    packages = sorted({f"{package.name}=={package.version}" for package in distributions()})
+    write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
     write_json(folder / INDEX, {"name": read.name, "metric": read.metric, "trials": entries})
 
 

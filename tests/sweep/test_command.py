@@ -66,7 +66,9 @@ def test_a_sweep_runs_every_trial_once_and_goes_on_with_what_is_missing(file, co
     table = command("report", folder, "--below=0.5")
     assert table.returncode == 0, table.stderr
     assert "6 done, 0 failed, 0 missing" in table.stdout
-    assert table.stdout.splitlines()[-1] == str(folder)
+    assert table.stdout.splitlines()[-1] == str(folder / "report.html")
+    assert (folder / "report.html").is_file()
+    assert "\ntorch==" in (folder / "requirements.txt").read_text()
 
 
 def test_a_dry_run_prints_command_lines_and_writes_nothing(file, command: Command):
