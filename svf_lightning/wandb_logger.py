@@ -89,7 +89,7 @@ class RunLogger(WandbLogger):
 
         They are the names that a sweep's parameters have, so a trial's configuration has every value once.
         """
-        self._guard(lambda: self.experiment.config.update(_dotted(config), allow_val_change=True))
+        self._guard(lambda: self.experiment.config.update(dotted(config), allow_val_change=True))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Store hyper-parameters beside the configuration."""
@@ -154,12 +154,12 @@ class RunLogger(WandbLogger):
             say(f"W&B: not available ({reason}); the run goes on, its run directory has everything")
 
 
-def _dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level; lists stay as they are."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            found |= _dotted(value, f"{prefix}{name}.")
+            found |= dotted(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found

@@ -22,10 +22,11 @@ from svf_lightning.report.drawing import (
     Steps,
     finish,
     mean_of_finite,
-)  # fmt: skip
+)
 from svf_lightning.report.page import Section, Table, write_page
 from svf_lightning.run_dir import CONFIG, SUMMARY
 from svf_lightning.trajectory import open_trajectory
+from svf_lightning.wandb_logger import dotted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,6 +37,7 @@ _METRICS = (
     "loss/total", "alignment/matched", "orthogonality/attended_vs_rest", "spectrum/sigma_ratio", "sad/sparseness",
     "sad/task/sparseness", "sad/task/sparseness_shared_rotation", "sad/accuracy", "sad/logit_difference",
 )  # fmt: skip
+_NO_SETTINGS = ("trainer.callbacks", "trainer.logger", "experiment.claims")
 
 
 def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparison.html") -> Path:
@@ -139,7 +141,8 @@ def _different_settings(runs: Mapping[str, Path]) -> Table | None:
     settings = {}
     for name, folder in runs.items():
         path = folder / CONFIG
-        settings[name] = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        found = dotted(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        settings[name] = {key: value for key, value in found.items() if not key.startswith(_NO_SETTINGS)}
     keys = dict.fromkeys(key for own in settings.values() for key in own)
     rows = []
     for key in keys:
@@ -147,16 +150,3 @@ def _different_settings(runs: Mapping[str, Path]) -> Table | None:
         if len(set(values)) > 1:
             rows.append([key, *values])
     return Table(["setting", *runs], rows, frozenset(["setting"])) if rows else None
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names; callbacks, loggers and claims are no settings of the experiment."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name in ("callbacks", "logger", "claims"):
-            continue
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found

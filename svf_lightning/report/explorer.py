@@ -21,8 +21,6 @@ _MOMENTS = (
     ("alignment/matched", "singular vectors are aligned (t_align)"),
     ("orthogonality/attended_vs_rest", "attended features are orthogonal to the rest (t_ortho)"),
 )
-
-
 _SIDES = {"left": "U", "right": "V"}
 
 

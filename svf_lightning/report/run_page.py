@@ -28,7 +28,7 @@ from svf_lightning.report.drawing import (
     mean_of_finite,
     read,
     subtitle_of,
-)  # fmt: skip
+)
 from svf_lightning.report.explorer import frames
 from svf_lightning.report.figures import FIGURES
 from svf_lightning.report.page import Section, Table, write_page

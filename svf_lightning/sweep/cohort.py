@@ -78,9 +78,7 @@ def group_members(
         n_parts = max(1, -(-memory // memory_bytes), round(work * n_workers * 2 / total) if n_workers > 1 else 1)
         n_parts = min(int(n_parts), len(group))
         # trials that share draws stay together
-        group = sorted(
-            group, key=lambda entry: json.dumps([entry[1]["data"][n] for n in ("seed", "feature_probability")])
-        )
+        group = sorted(group, key=_draws)
         for part in range(n_parts):
             own = group[part * len(group) // n_parts : (part + 1) * len(group) // n_parts]
             cohorts.append((sum(_work(settings) for _, settings in own), [member for member, _ in own]))

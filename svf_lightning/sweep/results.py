@@ -224,9 +224,7 @@ def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float, pa
         sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
     if drawn:
         sections.append(Section("Axes", "Final values along each parameter, as in the paper's Appendix A.", drawn))
-    about = (
-        f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share of them"
-    )
+    about = f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share"
     rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
     table_of_cells = Table([_title(name) for name in cells.columns], rows)
     sections.append(Section("Cells", f"{about} of them below {below:g}.", tables=[table_of_cells]))
