@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from argparse import ArgumentError
@@ -10,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from svf_lightning.arguments import parsed
 from svf_lightning.errors import InputError, bad_value
@@ -76,6 +77,7 @@ def sweep(
         return None, 0
     if not (folder / INDEX).is_file():
         check_free(folder)
+    lock = _lock(folder)
     _write_index(read, trials, folder)
     known = Sweep(folder)
     left = [trial for trial in trials if known.state(trial.id) != "done"]
@@ -97,9 +99,26 @@ def sweep(
             _follow(running, n_trials=len(members))
     finally:  # also after Ctrl-C
         report_sweep(folder)
+        lock.close()
     found = Sweep(folder)
     n_failed = sum(found.state(trial.id) != "done" for trial in trials)
     return folder, int(n_failed > 0)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Keep a second sweep out of the directory, which would delete what this one trains; a process that ends lets go.
+
+    Raises:
+        InputError: A sweep is running there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as held:
+        file.close()
+        raise bad_value("sweep_dir", folder, "a directory that no sweep runs in", "wait for its end") from held
+    return file
 
 
 def _members(

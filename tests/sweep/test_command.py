@@ -1,6 +1,7 @@
 """The commands `sweep` and `report`, and `fit` as a W&B agent starts it."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -69,6 +70,16 @@ def test_a_sweep_runs_every_trial_once_and_goes_on_with_what_is_missing(file, co
     assert table.stdout.splitlines()[-1] == str(folder / "report.html")
     assert (folder / "report.html").is_file()
     assert "\ntorch==" in (folder / "requirements.txt").read_text()
+
+
+def test_a_second_sweep_of_the_same_directory_is_refused_while_one_runs(file, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="no sweep runs in"):
+            sweep(str(file(LAMBDA)), sweep_dir=str(folder))
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_a_dry_run_prints_command_lines_and_writes_nothing(file, command: Command):
