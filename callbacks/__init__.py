@@ -1,5 +1,6 @@
 """Lightning callbacks: thin; they observe, log and store. The metric callbacks look only at a module's Probe."""
 
+from svf_lightning.callbacks.attention_over_words import AttentionOverWords
 from svf_lightning.callbacks.attention_sparsity import AttentionSparsity
 from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, Rows, RowSink
 from svf_lightning.callbacks.causal_ablation import CausalAblation
@@ -15,6 +16,7 @@ from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
 from svf_lightning.callbacks.trial_writer import TrialWriter
 
 __all__ = [
+    "AttentionOverWords",
     "AttentionSparsity",
     "Capture",
     "CausalAblation",

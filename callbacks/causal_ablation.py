@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
+from svf_lightning.metrics import contribution_order
 from svf_lightning.probe import Intervene, Probe
 
 KINDS = ("top", "random", "spectrum")
@@ -139,8 +140,7 @@ def chosen(contributions: Tensor, n: int, kind: str, generator: torch.Generator)
     n = min(n, contributions.shape[-1])
     if kind == "spectrum":
         return torch.arange(n, device=contributions.device).expand(*contributions.shape[:-1], n)
-    towards = torch.where(contributions.sum(-1, keepdim=True) < 0, -contributions, contributions)
-    order = towards.argsort(-1, descending=True)
+    order = contribution_order(contributions)
     if kind == "top":
         return order[..., :n]
     others = order[..., n:] if order.shape[-1] >= 2 * n else order

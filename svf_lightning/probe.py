@@ -61,6 +61,16 @@ class AttendedScores:
         return self.query * self.key
 
 
+class AllKeys(NamedTuple):
+    """Scores of all n keys of m queries, over singular pairs; positions count from 0."""
+
+    contributions: Float[Tensor, "... m n R"]  # c_jk; 0 where the query does not see the key
+    attention: Float[Tensor, "... m n"]  # weights, in [0, 1]
+    is_key: Bool[Tensor, "... m n"]  # keys that the query sees
+    query: Int[Tensor, " m"]  # its position; no key comes after it
+    key: Int[Tensor, " m"]  # position of the attended key
+
+
 class Outcome(NamedTuple):
     """What a model does at n query-key pairs (prompts)."""
 
@@ -69,6 +79,7 @@ class Outcome(NamedTuple):
 
 
 Intervene = Callable[[Float[Tensor, "... n"]], Outcome]
+Decompose = Callable[[Int[Tensor, " m"]], AllKeys]
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,8 @@ class Probe:
             (biases, rotary positions); leading dimensions ``batch_dims``.
         intervene: Runs the module on these pairs again with an amount taken off each head's score of the key, before
             the softmax (optional).
+        decompose: Takes the scores of all keys apart, for some of these pairs by their number; more than a probe
+            carries, so callbacks ask for a few (optional).
         part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
@@ -113,6 +126,7 @@ class Probe:
     attended_keys: Float[Tensor, "... n D"] | None = None
     scores: AttendedScores | None = None
     intervene: Intervene | None = None
+    decompose: Decompose | None = None
     part: tuple[int, int] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
     feature_dims: tuple[str, ...] | None = None
@@ -232,6 +246,7 @@ class Probe:
             **{name: _stack([getattr(p, name) for p in probes]) for name in _OBSERVED},
             scores=None,
             intervene=None,
+            decompose=None,
             batch_dims=("step", *first.batch_dims),
             feature_dims=("step", *(first.feature_dims or ())),
         )

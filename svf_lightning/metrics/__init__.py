@@ -19,6 +19,7 @@ from svf_lightning.metrics.geometry import (
 )
 from svf_lightning.metrics.sparsity import (
     Sparsity,
+    contribution_order,
     haar_orthogonal,
     measure_sparsity,
     n_recon,
@@ -36,6 +37,7 @@ __all__ = [
     "SparsityOverPairs",
     "align_pairs",
     "attended_vs_rest",
+    "contribution_order",
     "cosine_matrix",
     "feature_dimensionality",
     "gram",

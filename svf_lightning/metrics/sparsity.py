@@ -73,6 +73,11 @@ def n_recon(v: Float[Tensor, "... R"]) -> Int[Tensor, "..."]:
     return n.masked_fill(total.squeeze(-1) == 0, 0).masked_fill(v.isnan().any(-1), -1)
 
 
+def contribution_order(v: Float[Tensor, "... R"]) -> Int[Tensor, "... R"]:
+    """Singular indices 0..R-1 from the largest contribution to the smallest, in the direction of their sum."""
+    return torch.where(v.sum(-1, keepdim=True) < 0, -v, v).argsort(-1, descending=True)
+
+
 def haar_orthogonal(
     size: int, n_draws: int, *, seed: int, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "n R R"]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -92,6 +92,13 @@ class Observed:
     pattern: Float[Tensor, "layer head batch n"]
     rotation: tuple[Tensor, Tensor] | None
     is_key: Bool[Tensor, "layer batch n"]
+
+    def of_prompts(self, chosen: Int[Tensor, "m"]) -> Observed:
+        """The same of some prompts."""
+        own = {name: getattr(self, name)[chosen] for name in ("query", "logits")}
+        by_layer = {name: getattr(self, name)[:, chosen] for name in ("x", "keys", "is_key")}
+        by_head = {name: getattr(self, name)[:, :, chosen] for name in ("scores", "pattern")}
+        return replace(self, **own, **by_layer, **by_head)
 
 
 class HeadSpace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from svf_lightning import __version__
 from svf_lightning.errors import CheckpointError, InputError, bad_value
-from svf_lightning.probe import AttendedScores, Coordinate, Intervene, Outcome, Probe
+from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Intervene, Outcome, Probe
 from svf_lightning.replay.bridge import Processing, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.ledger import Entry, Ledger, check_same_identity
+from svf_lightning.replay.prompts import Prompt
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
 from svf_lightning.run_dir import IDENTITY, write_json
 
@@ -137,7 +139,13 @@ class CheckpointReplay(pl.LightningModule):
             logits, attention = current.space.rerun(prompts.tokens, prompts.query, prompts.key, removed)
             return Outcome(attention.float(), (logits[at, prompts.correct] - logits[at, prompts.wrong]).float())
 
-        self._probe = self._make_probe(current, scores, intervene, batch.part)
+        def decompose(chosen: Tensor) -> AllKeys:
+            some = observed.of_prompts(chosen)
+            key = prompts.key[chosen]
+            contributions, _ = current.space.decompose(some, key)
+            return AllKeys(contributions, some.pattern.float(), some.is_key[:, None], some.query, key)
+
+        self._probe = self._make_probe(current, scores, intervene, decompose, batch.part)
         return {}
 
     def on_test_batch_end(self, outputs: Any, batch: ReplayBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -201,7 +209,12 @@ class CheckpointReplay(pl.LightningModule):
         return features
 
     def _make_probe(
-        self, current: _Replayed, scores: AttendedScores, intervene: Intervene, part: tuple[int, int]
+        self,
+        current: _Replayed,
+        scores: AttendedScores,
+        intervene: Intervene,
+        decompose: Decompose,
+        part: tuple[int, int],
     ) -> Probe:
         loaded = current.loaded
         prompts = self.data.prompts
@@ -209,6 +222,7 @@ class CheckpointReplay(pl.LightningModule):
             "prompt_text": (("prompt",), [prompt.text for prompt in prompts]),
             "query_position": (("prompt",), [prompt.query for prompt in prompts]),
             "key_position": (("prompt",), [prompt.key for prompt in prompts]),
+            "token_span": (("prompt", "token", "end"), _spans(prompts)),
         }
         if isinstance(self.features_from, list):
             coords["feature_name"] = (("feature",), self.features_from)
@@ -219,6 +233,7 @@ class CheckpointReplay(pl.LightningModule):
             **({} if self._pairs is None else {"pairs": self._pairs.to(self.device)}),
             scores=scores,
             intervene=intervene,
+            decompose=decompose,
             part=part,
             batch_dims=("layer", "head"),
             feature_dims=(),
@@ -232,6 +247,12 @@ class CheckpointReplay(pl.LightningModule):
                 "code_version": __version__,
             },
         )
+
+
+def _spans(prompts: Sequence[Prompt]) -> Tensor:
+    """Characters of each prompt's text that its tokens cover, int32 [prompt, token, 2]; -1 where there is no token."""
+    spans = [torch.tensor(prompt.spans or [(0, 0)] * len(prompt.tokens), dtype=torch.int32) for prompt in prompts]
+    return torch.nn.utils.rnn.pad_sequence(spans, batch_first=True, padding_value=-1)
 
 
 class _Replayed:

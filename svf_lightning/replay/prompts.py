@@ -83,6 +83,8 @@ class Prompt:
         correct: Id of the right next token.
         wrong: Id of the wrong next token.
         subjects: IOI only: positions of both mentions of S.
+        spans: Characters [start, end) of the text that each token covers, without white space; (0, 0) for a token that
+            the tokenizer adds. Empty if not known.
 
     Raises:
         InputError: The positions are out of range, or the key comes after the query.
@@ -95,6 +97,7 @@ class Prompt:
     correct: int
     wrong: int
     subjects: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.key <= self.query < len(self.tokens):
@@ -267,7 +270,7 @@ def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encod
         found[name], answers[name] = positions, answer
     (key,), subjects = found[sentence.io], tuple(found[sentence.s])
     correct, wrong = answers[sentence.io], answers[sentence.s]
-    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects)
+    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects, tuple(encoding.spans))
 
 
 def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[str, list[str]]:
@@ -431,7 +434,7 @@ def _read_prompt(
         answers.append(answer)
     if answers[0] == answers[1]:
         raise bad_value(f"{where}: wrong", row["wrong"], "another token than correct", "choose another word")
-    return Prompt(text, encoding.ids, query, key, answers[0], answers[1])
+    return Prompt(text, encoding.ids, query, key, answers[0], answers[1], spans=tuple(encoding.spans))
 
 
 def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str) -> int:
