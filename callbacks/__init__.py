@@ -2,7 +2,7 @@
 
 from svf_lightning.callbacks.attention_over_words import AttentionOverWords
 from svf_lightning.callbacks.attention_sparsity import AttentionSparsity
-from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, Rows, RowSink
+from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, RowSink
 from svf_lightning.callbacks.causal_ablation import CausalAblation
 from svf_lightning.callbacks.checkpoint_table import CheckpointTable
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
@@ -14,6 +14,7 @@ from svf_lightning.callbacks.svd_alignment import SVDAlignment
 from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
 from svf_lightning.callbacks.trial_writer import TrialWriter
+from svf_lightning.rows import Rows
 
 __all__ = [
     "AttentionOverWords",

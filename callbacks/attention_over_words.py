@@ -92,7 +92,8 @@ class AttentionOverWords(ProbeMetric):
 
     def _look(self, probe: Probe, number: int) -> _Shown | None:
         """The prompt of that number among the probe's; None if it is too long."""
-        assert probe.decompose is not None and probe.scores is not None
+        assert probe.decompose is not None
+        assert probe.scores is not None
         found = probe.decompose(torch.tensor([number], device=probe.scores.query.device))
         n, key = int(found.query) + 1, int(found.key)
         if n > self.max_words:

@@ -10,11 +10,10 @@ never by the clock.
 from __future__ import annotations
 
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,10 +26,11 @@ from torch import Tensor
 from svf_lightning.errors import DivergedError, InputError, bad_value
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe, Probed
+from svf_lightning.rows import Rows, statistics
 from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
-    import xarray as xr
+    pass
 
 _BLOCK_BYTES = 1 << 20  # of probes measured in one call: with all intermediate results about a core's cache
 _LOSS_PREFIX = "loss/"
@@ -46,78 +46,6 @@ class Measured(NamedTuple):
 
 
 Measurement = Mapping[str, Tensor | Measured]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """K captured steps, measured, on the CPU."""
-
-    steps: np.ndarray  # int64 [K]
-    values: dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> (dimensions after "step", array [K, ...])
-    batch_dims: tuple[str, ...]  # the probe's own, e.g. ("instance",)
-    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
-
-    def scalars(self) -> dict[str, np.ndarray]:
-        """The numbers with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
-        batch = self.batch_dims
-        return {
-            name: values
-            for name, (dims, values) in self.values.items()
-            if dims == batch[: len(dims)] and values.dtype.kind in "biuf"
-        }
-
-    @classmethod
-    def read(cls, trajectory: xr.Dataset) -> Rows:
-        """The numbers in (some rows of) a trajectory, as they were measured; what has further dimensions is left."""
-        batch = trajectory.attrs["batch_dims"]
-        values = {
-            str(name): (tuple(map(str, variable.dims[1:])), variable.values)
-            for name, variable in trajectory.data_vars.items()
-            if variable.dims[1:] == batch[: variable.ndim - 1] and variable.dtype.kind in "biuf"
-        }
-        return cls(trajectory["step"].values, values, batch)
-
-    def of_instances(self, instances: slice) -> Rows:
-        """The same rows of some instances; what no instance has of its own stays."""
-
-        def cut(dims: tuple[str, ...], values: np.ndarray, first: int) -> tuple[tuple[str, ...], np.ndarray]:
-            return (dims, values[(slice(None),) * first + (instances,)] if dims[:1] == ("instance",) else values)
-
-        return replace(
-            self,
-            values={name: cut(dims, values, 1) for name, (dims, values) in self.values.items()},
-            coords={name: cut(dims, values, 0) for name, (dims, values) in self.coords.items()},
-        )
-
-    def to_log(self, *, every: int, last: int) -> list[tuple[int, dict[str, float]]]:
-        """What a logger gets: of every n-th training step and of the last one, mean, min and max over the batch.
-
-        Returns:
-            (step, one dictionary) for each of these steps.
-        """
-        picked = [k for k, step in enumerate(self.steps) if step % every == 0 or step == last]
-        columns: dict[str, np.ndarray] = {}
-        for name, values in self.scalars().items() if picked else ():
-            columns[name], low, high = statistics(values[picked], self.batch_dims)
-            if values.ndim > 1:
-                columns |= {f"{name}/min": low, f"{name}/max": high}
-        return [
-            (int(self.steps[k]), {name: float(column[row]) for name, column in columns.items()})
-            for row, k in enumerate(picked)
-        ]
-
-
-def statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, smallest and largest value over the batch dimensions [K, ...] -> [K] each.
-
-    Heads that a metric says nothing about (NaN) do not count; an instance that diverged does.
-    """
-    flat = values.reshape(len(values), -1)
-    if "instance" in batch_dims or not np.isnan(flat).any():
-        return flat.mean(1), flat.min(1), flat.max(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a row that is NaN everywhere
-        return np.nanmean(flat, 1), np.nanmin(flat, 1), np.nanmax(flat, 1)
 
 
 class ProbeMetric(Callback, ABC):

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from svf_lightning.callbacks.capture import Capture, statistics
-from svf_lightning.claims import Claim, Verdict, judge
-from svf_lightning.metrics import time_of_change
-from svf_lightning.run_dir import SUMMARY, versions, write_json
+from svf_lightning.callbacks.capture import Capture
+from svf_lightning.claims import Claim, Verdict
+from svf_lightning.rows import is_detail
+from svf_lightning.summary import (
+    DYNAMICS,
+    dynamics,
+    dynamics_to_log,
+    first_and_last,
+    mean_min_max,
+    per_instance,
+    summarize,
+)
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
-# what happens when (method, section 3), by the metric whose change is timed
-_DYNAMICS = {
-    "dynamics/t_align": "alignment/matched",
-    "dynamics/t_ortho": "orthogonality/attended_vs_rest",
-}
 _IN_TABLE = (
     "loss/total",
     "spectrum/sigma_1",
@@ -45,10 +45,9 @@ _IN_TABLE = (
     "orthogonality/rest_vs_rest",
     "orthogonality/dimensionality",
     "orthogonality/antipodal",
-    *_DYNAMICS,
+    *DYNAMICS,
 )
 _PREFIXES_IN_TABLE = ("theory", "sharing", "heads", "sad", "causal")
-_DETAIL = re.compile(r"_sd$|_low/|_high/|^causal/.*/(1|2)$")  # in the files, not in the table
 
 
 class RunSummary(Callback):
@@ -111,10 +110,10 @@ class RunSummary(Callback):
             settings=self._settings(trainer),
             batch_dims=self._batch_dims(trainer),
         )
-        dynamics = dynamics_to_log(metrics)
-        if dynamics:
+        at_the_end = dynamics_to_log(metrics)
+        if at_the_end:
             for logger in trainer.loggers:
-                logger.log_metrics(dynamics, step=summary["steps"])
+                logger.log_metrics(at_the_end, step=summary["steps"])
         self._print(trainer, status, metrics, summary)
 
     def _batch_dims(self, trainer: Trainer) -> tuple[str, ...]:
@@ -139,7 +138,7 @@ class RunSummary(Callback):
         first: dict[str, np.ndarray] = {}
         metrics: dict[str, np.ndarray] = {}
         if last is not None:
-            metrics = {name: _per_instance(v[-1:], last.batch_dims)[0] for name, v in last.scalars().items()}
+            metrics = {name: per_instance(v[-1:], last.batch_dims)[0] for name, v in last.scalars().items()}
         run_dir = self.run_dir or trainer.default_root_dir
         if not has_trajectory(run_dir):  # no TrajectoryWriter
             return first, metrics
@@ -171,12 +170,12 @@ class RunSummary(Callback):
         table.add_column("metric", overflow="fold")
         for column in ("mean", "min", "max") if n > 1 else ("value",):
             table.add_column(column, justify="right", no_wrap=True)
-        extra = [n for n in sorted(metrics) if n.split("/")[0] in _PREFIXES_IN_TABLE and not _DETAIL.search(n)]
+        extra = [n for n in sorted(metrics) if n.split("/")[0] in _PREFIXES_IN_TABLE and not is_detail(n)]
         for name in (*_IN_TABLE, *extra):
             if name in metrics:
                 values = metrics[name]
                 one = len(values) == 1
-                shown = values[:1] if one else _statistics(values, self._batch_dims(trainer))
+                shown = values[:1] if one else mean_min_max(values, self._batch_dims(trainer))
                 table.add_row(name, *(_number(v) for v in shown))
         console.print(table)
         if n > 1:
@@ -197,102 +196,6 @@ class RunSummary(Callback):
             measured = "not measured" if v.measured is None else _number(v.measured)
             claims.add_row(Text(v.claim), Text(v.figure), measured, Text(v.needed), holds)
         console.print(claims)
-
-
-def summarize(
-    run_dir: Path,
-    *,
-    experiment: str,
-    claims: Sequence[Claim],
-    status: str,
-    steps: int,
-    seconds: float,
-    first: Mapping[str, np.ndarray],
-    metrics: Mapping[str, np.ndarray],
-    settings: Mapping[str, np.ndarray],
-    batch_dims: tuple[str, ...],
-) -> tuple[dict[str, Any], list[Verdict]]:
-    """Judge a run's claims and write its summary.json.
-
-    Args:
-        run_dir: The run directory.
-        experiment: Name of the experiment.
-        claims: What the paper says.
-        status: "finished", "interrupted" or "failed".
-        steps: Training step of the last row.
-        seconds: How long the run took.
-        first: Values of the first row by metric, one per instance.
-        metrics: Those of the last row.
-        settings: What the instances differ in.
-        batch_dims: The module's own dimensions.
-
-    Returns:
-        What was written, and the verdicts.
-    """
-    verdicts = [judge(claim, {**settings, **metrics}, first) for claim in claims]
-    summary = {
-        "experiment": experiment,
-        "status": status,
-        "steps": steps,
-        "seconds": round(seconds, 3),
-        "versions": versions(),
-        "metrics": {
-            name: {
-                **dict(zip(("mean", "min", "max"), _statistics(values, batch_dims), strict=True)),
-                "per_instance": [float(v) for v in values],
-            }
-            for name, values in sorted(metrics.items())
-        },
-        "claims": [verdict.as_dict() for verdict in verdicts],
-    }
-    write_json(run_dir / SUMMARY, summary)
-    return summary, verdicts
-
-
-def first_and_last(
-    scalars: Mapping[str, Any], batch_dims: tuple[str, ...]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Values of the first and of the last row, one per instance, of columns [K, *batch] (anything that slices)."""
-    ends = slice(None, 1), slice(-1, None)
-    first, last = (
-        {name: _per_instance(np.asarray(values[end]), batch_dims)[0] for name, values in scalars.items()}
-        for end in ends
-    )
-    return first, last
-
-
-def dynamics(scalars: Mapping[str, Any], steps: np.ndarray, batch_dims: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """``dynamics/t_align`` and ``dynamics/t_ortho`` of columns [K, *batch]: training steps, one per instance."""
-    return {
-        name: time_of_change(
-            torch.tensor(_per_instance(np.asarray(scalars[source]), batch_dims)), torch.tensor(steps)
-        ).numpy()
-        for name, source in _DYNAMICS.items()
-        if source in scalars
-    }
-
-
-def dynamics_to_log(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What loggers get of the dynamics, which are known at the end: mean, min and max over instances."""
-    return {
-        f"{name}{suffix}": float(of(metrics[name]))
-        for name in _DYNAMICS
-        if name in metrics
-        for suffix, of in (("", np.mean), ("/min", np.min), ("/max", np.max))
-    }
-
-
-def _per_instance(values: np.ndarray, batch_dims: tuple[str, ...]) -> np.ndarray:
-    """Values [K, *batch] as [K, instance], means over the other dimensions; without instances, as [K, all heads]."""
-    flat = values.reshape(len(values), -1)
-    if batch_dims[:1] != ("instance",) or values.ndim < 3:
-        return flat
-    return np.asarray(flat.reshape(len(values), values.shape[1], -1).mean(-1))
-
-
-def _statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> list[float]:
-    """Mean, smallest and largest of one step's values."""
-    return [float(value[0]) for value in statistics(values[None], batch_dims)]
 
 
 def _number(value: float) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from svf_lightning.callbacks.capture import Capture, Rows, RowSink
+from svf_lightning.callbacks.capture import Capture, RowSink
 from svf_lightning.errors import InputError
+from svf_lightning.rows import Rows
 from svf_lightning.trajectory import TrajectoryStore
 
 

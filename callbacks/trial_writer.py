@@ -14,10 +14,11 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 
-from svf_lightning.callbacks.capture import Capture, Rows, RowSink
-from svf_lightning.callbacks.run_summary import dynamics, dynamics_to_log, first_and_last, summarize
+from svf_lightning.callbacks.capture import Capture, RowSink
 from svf_lightning.claims import Claim
+from svf_lightning.rows import Rows
 from svf_lightning.run_dir import CHECKPOINTS, CONFIG, write_text
+from svf_lightning.summary import dynamics, dynamics_to_log, first_and_last, summarize
 from svf_lightning.toy.optimizer import InstanceAdam
 from svf_lightning.trajectory import TrajectoryStore
 

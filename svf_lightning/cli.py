@@ -1,11 +1,10 @@
-"""The command line: ``python -m svf_lightning fit | validate | test | replay | sweep | report | publish``."""
+"""The commands that run a model, with LightningCLI: ``fit``, ``validate``, ``test``, ``replay``."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -17,39 +16,23 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from svf_lightning import __version__
 from svf_lightning.claims import Claim
-from svf_lightning.errors import CheckpointError, DivergedError, InputError, bad_value, closest
+from svf_lightning.errors import InputError, bad_value, closest
 from svf_lightning.run_dir import CONFIG, check_free, is_replay, new_run_dir, owner_of, write_text
 from svf_lightning.toy import ToyAttentionModel, ToyData
 from svf_lightning.toy.model import check_state_fits
-from svf_lightning.trajectory import FILE_NAME, has_trajectory
+from svf_lightning.trajectory import FILE_NAME
 from svf_lightning.wandb_logger import RunLogger, say
 
 DEFAULT_PRESET = "single_pair"
 _DEFAULT_REPLAY = "tiny_suite"
 _COMMANDS = ("fit", "validate", "test", "replay")
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"
-_HELP = """usage: python -m svf_lightning COMMAND [options]
-
-  fit       train the toy model; with no option, the preset single_pair
-  validate  measure a checkpoint of the toy model on held-out draws
-  test      the same on other held-out draws
-  replay    measure the training checkpoints of a language model; with no option, of a small suite that it trains
-  sweep     run every trial of a W&B sweep file, without the W&B cloud
-  report    one HTML page for a run directory or a sweep's directory, at any time
-  publish   the W&B run of a run directory: of a run that was offline, interrupted, or not logged
-
-COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
-"""
 _DEFAULTS = "defaults"
 _RUNS = Path("runs")
-_BAD_INPUT = 2
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 @dataclass
@@ -180,7 +163,7 @@ class RunCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (SystemExit, KeyboardInterrupt, SIGTERMException) as stop:  # Lightning turns Ctrl-C into an exit
-            raise _Interrupted(self.run_dir) from stop
+            raise Interrupted(self.run_dir) from stop
 
 
 class ToyCLI(RunCLI):
@@ -299,80 +282,22 @@ class ReplayCLI(RunCLI):
         self.exit_code = 1 if self.datamodule.missing(self.run_dir) else 0
 
 
-class _Interrupted(Exception):
+class Interrupted(Exception):
+    """A run that Ctrl-C or SIGTERM ended; its directory is whole."""
+
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run a command.
+def run_command(args: list[str]) -> RunCLI:
+    """Run ``fit``, ``validate``, ``test`` or ``replay``.
 
-    Returns:
-        Exit code: 0, 1 if the run failed, 2 for input that cannot be used, 130 after Ctrl-C.
+    Raises:
+        InputError: The arguments cannot be used.
+        Interrupted: Ctrl-C or SIGTERM ended the run.
+        DivergedError: Every instance diverged.
+        CheckpointError: No checkpoint could be replayed.
     """
-    given = list(sys.argv[1:] if args is None else args)
-    if given == ["--version"]:
-        print(f"svf-lightning {__version__}")  # noqa: T201
-        return 0
-    if given in (["--help"], ["-h"]):
-        print(_HELP)  # noqa: T201
-        return 0
-    _quiet_the_libraries()
-    try:
-        if given[:1] == ["sweep"]:
-            from svf_lightning.sweep.command import sweep_command
-
-            place, code = sweep_command(given[1:])
-        elif given[:1] == ["report"]:
-            from svf_lightning.report.command import report_command
-
-            place, code = report_command(given[1:])
-        elif given[:1] == ["publish"]:
-            from svf_lightning.publish import publish_command
-
-            place, code = publish_command(given[1:])
-        else:
-            cli = _run(given)
-            place, code = cli.run_dir, cli.exit_code
-            _write_report(cli)
-    except (InputError, ArgumentError, MisconfigurationException) as error:
-        if os.environ.get("SVF_DEBUG") == "1":
-            raise
-        print(f"svf-lightning: {_one_line(error)}", file=sys.stderr)  # noqa: T201
-        return _BAD_INPUT
-    except (DivergedError, CheckpointError) as error:
-        print(f"svf-lightning: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    except _Interrupted as stop:
-        print(stop.run_dir)  # noqa: T201
-        return _INTERRUPTED
-    except KeyboardInterrupt:  # a sweep has said where it stands
-        return _INTERRUPTED
-    except SystemExit as stop:  # --help, --print_config
-        return int(stop.code or 0)
-    if place is not None:
-        print(place)  # noqa: T201
-    return code
-
-
-def _write_report(cli: RunCLI) -> None:
-    """The page of a run that has ended. Whatever goes wrong with it, the run itself is whole."""
-    config = cli.config[cli.subcommand]
-    if cli.subcommand not in ("fit", "replay") or not config.report or not cli.trainer.is_global_zero:
-        return
-    if not has_trajectory(cli.run_dir):
-        return
-    try:
-        from svf_lightning.report.run_page import write_run_page
-
-        write_run_page(cli.run_dir)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"report.html was not written ({reason}); to try again: python -m svf_lightning report {cli.run_dir}")
-
-
-def _run(args: list[str]) -> RunCLI:
-    """Run the command that the arguments name."""
     if next((a for a in args if a in _COMMANDS), None) == "replay":
         from svf_lightning.replay import CheckpointReplay, ReplayData
         from svf_lightning.replay.trainer import ReplayTrainer
@@ -394,8 +319,8 @@ def fit(args: Sequence[str]) -> None:
         InputError: The arguments cannot be used.
         DivergedError: Every instance diverged.
     """
-    _quiet_the_libraries()
-    _run(["fit", *args])
+    quiet_the_libraries()
+    run_command(["fit", *args])
 
 
 def _options(args: list[str]) -> dict[str, Any]:
@@ -513,7 +438,7 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _quiet_the_libraries() -> None:
+def quiet_the_libraries() -> None:
     """Keep lines off the terminal that tell a user of this program nothing."""
     import logging
 
@@ -531,7 +456,7 @@ def _quiet_the_libraries() -> None:
 def _explain(message: str, command: str | None, known: list[str], files: list[str]) -> str:
     """The parser's message as: what was wrong, what is allowed, what to do."""
     if command is None:
-        commands = ", ".join(_COMMANDS)
+        commands = ", ".join((*_COMMANDS, "sweep", "report", "publish"))
         return f"no such command ({message}). Allowed: {commands}. Fix: try `python -m svf_lightning fit`."
     see = f"`python -m svf_lightning {command} --help` lists them"
     if found := re.match(r"unrecognized arguments: --(\S+)", message):
@@ -551,8 +476,3 @@ def _explain(message: str, command: str | None, known: list[str], files: list[st
 def _suggest(name: str, known: list[str]) -> str:
     suggestion = closest(name, known)
     return f"{suggestion[0].upper()}{suggestion[1:]} " if suggestion else ""
-
-
-def _one_line(error: Exception) -> str:
-    """What was wrong, on one line."""
-    return " ".join(str(error).split())

@@ -16,10 +16,10 @@ import psutil
 import yaml
 
 from svf_lightning.arguments import parsed
-from svf_lightning.callbacks.capture import Rows
-from svf_lightning.callbacks.run_summary import dynamics, dynamics_to_log
 from svf_lightning.errors import InputError, bad_value
+from svf_lightning.rows import Rows
 from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
+from svf_lightning.summary import dynamics, dynamics_to_log
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
 from svf_lightning.trajectory import open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, say

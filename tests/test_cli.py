@@ -276,7 +276,7 @@ def test_the_installed_wheel_brings_callbacks_and_presets(tmp_path):
     code = (
         f"import sys; sys.path[:] = [p for p in sys.path if p and p != {str(source)!r}]; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-        "import svf_lightning.callbacks as c, svf_lightning.cli as cli; print(c.__file__); "
+        "import svf_lightning.callbacks as c, svf_lightning.__main__ as cli; print(c.__file__); "
         "sys.exit(cli.main(['fit', '--trainer.max_steps=3', '--model.n_instances=1']))"
     )
     result = subprocess.run(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from svf_lightning import cli
+from svf_lightning.__main__ import main
 from svf_lightning.publish import publish
 from svf_lightning.sweep.cohort import Member, train
 from svf_lightning.sweep.results import INDEX
@@ -93,7 +94,7 @@ def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("finished") / "run-a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        assert cli.main(["fit", *QUICK, f"--run_dir={run_dir}"]) == 0
+        assert main(["fit", *QUICK, f"--run_dir={run_dir}"]) == 0
     live_run(run_dir)  # it is whole before anyone copies it
     return run_dir
 
@@ -113,7 +114,7 @@ def change_config(run_dir, change):
 def test_the_published_run_is_the_live_run_and_has_the_claims(finished, run_dir, capsys):
     live = live_run(finished)
     shutil.rmtree(run_dir / "wandb")
-    assert cli.main(["publish", str(run_dir)]) == 0
+    assert main(["publish", str(run_dir)]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(run_dir)]
     assert "wandb sync" in err
@@ -307,7 +308,7 @@ def test_online_only_what_is_missing_is_sent(finished, run_dir, monkeypatch, cap
 
 def test_without_an_answer_from_wandb_nothing_is_sent(run_dir, monkeypatch, capsys):
     cloud = Cloud(monkeypatch, broken=ConnectionError("no route to host"))
-    assert cli.main(["publish", str(run_dir), "--mode=online"]) == 2
+    assert main(["publish", str(run_dir), "--mode=online"]) == 2
     assert cloud.init is None
     (line,) = capsys.readouterr().err.splitlines()
     assert "no route to host" in line
@@ -324,7 +325,7 @@ def test_a_failure_half_way_leaves_the_earlier_run(run_dir, monkeypatch, capsys)
         log(self, metrics, step)
 
     monkeypatch.setattr(RunLogger, "_log", break_down)
-    assert cli.main(["publish", str(run_dir)]) == 2
+    assert main(["publish", str(run_dir)]) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert offline_runs(run_dir) == earlier
 
@@ -332,7 +333,7 @@ def test_a_failure_half_way_leaves_the_earlier_run(run_dir, monkeypatch, capsys)
 def test_a_run_that_is_being_logged_is_left_alone(run_dir, capsys):
     (earlier,) = offline_runs(run_dir)
     with next(earlier.glob("*.wandb")).open("ab"):
-        assert cli.main(["publish", str(run_dir)]) == 2
+        assert main(["publish", str(run_dir)]) == 2
     assert "a run that has ended" in capsys.readouterr().err
     assert offline_runs(run_dir) == [earlier]
 
@@ -364,7 +365,7 @@ def test_what_cannot_be_published_is_said_in_one_line(run_dir, monkeypatch, caps
     else:
         monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
     before = everything(run_dir.parent)
-    assert cli.main(["publish", str(run_dir)]) == 2
+    assert main(["publish", str(run_dir)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
@@ -374,9 +375,9 @@ def test_what_cannot_be_published_is_said_in_one_line(run_dir, monkeypatch, caps
 
 
 def test_the_command_needs_a_directory_and_is_in_the_help(capsys):
-    assert cli.main(["publish"]) == 2
+    assert main(["publish"]) == 2
     assert "run_dir" in capsys.readouterr().err
-    assert cli.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     assert "  publish " in capsys.readouterr().out
-    assert cli.main(["publish", "--help"]) == 0
+    assert main(["publish", "--help"]) == 0
     assert "--mode" in capsys.readouterr().out

@@ -112,6 +112,7 @@ class Entry(NamedTuple):
     draw: Callable[..., go.Figure]  # dataset -> figure; keyword options of its own
     description: str
     paper: str  # the figure of arXiv 2602.13524 that it mirrors
+    see: str  # what to look for in it, in a sentence or two
 
 
 # ---------------------------------------------------------------------------------------------- reading a dataset

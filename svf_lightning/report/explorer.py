@@ -11,6 +11,7 @@ import torch
 
 from svf_lightning.metrics import cosine_matrix, time_of_change
 from svf_lightning.report.drawing import pair_features, read
+from svf_lightning.report.page import Widget
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,6 +23,28 @@ _MOMENTS = (
     ("orthogonality/attended_vs_rest", "attended features are orthogonal to the rest (t_ortho)"),
 )
 _SIDES = {"left": "U", "right": "V"}
+
+
+def time_slider(dataset: xr.Dataset) -> Widget | None:
+    """The widget of a training's page; None where :func:`frames` has nothing to show."""
+    data = frames(dataset)
+    if data is None:
+        return None
+    n, of = len(data["instances"]), data["n_instances"]
+    picker = "".join(f'<option value="{i}">{i}</option>' for i in range(n))
+    note = f" (the first {n} of {of})" if n < of else ""
+    choice = f'<label>instance{note} <select id="explorer-instance">{picker}</select></label>' if of > 1 else ""
+    last = len(data["steps"]) - 1
+    names = [*(("left", "right") if data["rank"] else ()), "gram", "plane"]
+    html = (
+        '<div class="controls"><button type="button" id="explorer-play" aria-pressed="false">Play</button>'
+        f'<label class="grow">training step <input type="range" id="explorer-step" min="0" max="{last}" value="{last}">'
+        f'</label>{choice}</div><p id="explorer-now" role="status"></p>'
+        '<div class="controls" id="explorer-marks"></div><div class="grid">'
+        + "".join(f'<div id="explorer-{name}" class="cell"></div>' for name in names)
+        + "</div>"
+    )
+    return Widget("explorer", html, data)
 
 
 def frames(dataset: xr.Dataset) -> dict[str, Any] | None:

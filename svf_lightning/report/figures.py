@@ -869,21 +869,93 @@ _against_lambda = partial(
 )
 
 FIGURES: dict[str, Entry] = {
-    "fig_1a": Entry(fig_1a, "Cosines between features and dimensions per feature, without a head", "Fig. 1a"),
-    "fig_1b": Entry(fig_1b, "The same with a head, at the first and the last step", "Fig. 1b"),
-    "fig_2a": Entry(fig_2a, "Every feature against every singular vector", "Fig. 2a"),
-    "fig_2b": Entry(fig_2b, "The same for many pairs, and singular values against target logits", "Fig. 2b"),
-    "fig_3": Entry(fig_3, "Alignment and orthogonality over training", "Fig. 3"),
-    "fig_4": Entry(fig_4, "Alignment against anisotropy, with Theorem 1's prediction", "Fig. 4"),
-    "against_lambda": Entry(
-        _against_lambda, "Alignment and orthogonality against the attention loss's weight", "appendix"
+    "fig_1a": Entry(
+        fig_1a,
+        "Cosines between features and dimensions per feature, without a head",
+        "Fig. 1a",
+        "Features without a head lie in antipodal pairs: each row has one bright cell beside its own, and a feature "
+        "has half a dimension.",
     ),
-    "spectrum_over_time": Entry(spectrum_over_time, "Singular values over training", "appendix"),
-    "alignment_over_time": Entry(alignment_over_time, "Every pair's alignment over training", "appendix"),
-    "pair_map": Entry(pair_map, "Which pairs share a singular vector", "appendix"),
-    "head_shares": Entry(head_shares, "How several heads share the pairs", "appendix"),
-    "by_offset": Entry(by_offset, "Alignment and singular values at every offset (rotary positions)", "appendix"),
-    "cone_over_time": Entry(cone_over_time, "Singular vectors in a cone of features, over training", "appendix"),
+    "fig_1b": Entry(
+        fig_1b,
+        "Cosines between features and dimensions per feature with a head, at the first and the last step",
+        "Fig. 1b",
+        "Attended features (first rows and columns) fade against all others between the first and the last step, and"
+        " end with more of a dimension of their own than the others.",
+    ),
+    "fig_2a": Entry(
+        fig_2a,
+        "Every feature against every singular vector",
+        "Fig. 2a",
+        "An attended feature is aligned if its row has one bright cell, and no other feature is bright in that column.",
+    ),
+    "fig_2b": Entry(
+        fig_2b,
+        "Many pairs against singular vectors, and singular values against target logits",
+        "Fig. 2b",
+        "Attended features have one bright cell each; on the right, singular values on the dotted line are as large "
+        "as the logits that the pairs are to get.",
+    ),
+    "fig_3": Entry(
+        fig_3,
+        "Alignment and orthogonality over training",
+        "Fig. 3",
+        "Alignment comes before orthogonality if its vertical line, the median time of change, is further left.",
+    ),
+    "fig_4": Entry(
+        fig_4,
+        "Alignment against anisotropy, with Theorem 1's prediction",
+        "Fig. 4",
+        "The more anisotropic the features are (to the right), the less the singular vectors align with them; "
+        "crosses are what Theorem 1 predicts from the features alone.",
+    ),
+    "against_lambda": Entry(
+        _against_lambda,
+        "Alignment and orthogonality against the attention loss's weight",
+        "appendix",
+        "Left, where the attention loss weighs little, singular vectors need not align; where the lines level off, "
+        "more weight changes nothing.",
+    ),
+    "spectrum_over_time": Entry(
+        spectrum_over_time,
+        "Singular values over training",
+        "appendix",
+        "Singular values of target pairs rise to the pairs' logits while the others stay near zero.",
+    ),
+    "alignment_over_time": Entry(
+        alignment_over_time,
+        "Every pair's alignment over training",
+        "appendix",
+        "Pairs with the larger target logit (colour) align first.",
+    ),
+    "pair_map": Entry(
+        pair_map,
+        "Which pairs share a singular vector",
+        "appendix",
+        "A column that is bright in several rows is a singular vector that these pairs share, as they must where "
+        "pairs outnumber the head's dimensions.",
+    ),
+    "head_shares": Entry(
+        head_shares,
+        "How several heads share the pairs",
+        "appendix",
+        "A column with one bright cell is a pair that a single head took over; on the right, a pair that heads share"
+        " aligns better with their sum than with the best of them.",
+    ),
+    "by_offset": Entry(
+        by_offset,
+        "Alignment and singular values at every offset (rotary positions)",
+        "appendix",
+        "With rotary positions each offset has a head of its own: dots near 1 on the left say that its singular "
+        "vectors are the features, too.",
+    ),
+    "cone_over_time": Entry(
+        cone_over_time,
+        "Singular vectors in a cone of features, over training",
+        "appendix",
+        "In a narrow cone (large strength) the first singular vector follows the axis of the cone, on the left, at "
+        "the expense of its feature, on the right.",
+    ),
 }
 ALL_FIGURES = {**FIGURES, **REPLAY_FIGURES}
 

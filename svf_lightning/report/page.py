@@ -38,12 +38,17 @@ th { text-align: right; vertical-align: bottom; background: var(--mark); }
 code { background: var(--mark); padding: .1rem .3rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0 0; min-width: 0; }
 .controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: .5rem 0; }
-.controls .grow { flex: 1 1 16rem; display: flex; gap: .5rem; align-items: center; }
+.controls .grow { flex: 1 1 16rem; min-width: 0; display: flex; gap: .5rem; align-items: center; }
+.controls select { min-width: 0; max-width: 100%; }
 .controls input[type="range"] { flex: 1; min-width: 8rem; }
 button, select { font: inherit; color: var(--text); background: var(--mark); border: 1px solid var(--soft);
   border-radius: .3rem; padding: .2rem .7rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem; }
 .cell { min-width: 0; height: 340px; }
+.word { background: color-mix(in srgb, #0072B2 var(--weight), transparent); border-radius: .2rem; }
+.word.key { outline: 2px solid #D55E00; outline-offset: 1px; }
+.word.query { outline: 2px dashed var(--soft); outline-offset: 1px; }
+#words-text { line-height: 2; }
 details { margin-top: .5rem; }
 summary { cursor: pointer; }
 figcaption { color: var(--soft); font-size: .9rem; }
@@ -80,6 +85,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Widget:
+    """A part of a page that answers to its reader.
+
+    Args:
+        name: Of its script, NAME.js beside this file, which finds ``data`` in the element NAME-data.
+        html: Its controls and places, with nothing in it that was not escaped.
+        data: JSON values.
+    """
+
+    name: str
+    html: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page.
 
@@ -89,7 +109,7 @@ class Section:
         figures: Figures; their titles and subtitles are set as text above them, where they can wrap.
         tables: Tables under the figures.
         commands: Command lines to copy.
-        explorer: What :func:`svf_lightning.report.explorer.frames` gives, for the time slider; a page has one at most.
+        widget: Something to play with; a page has at most one of each name.
     """
 
     title: str
@@ -97,7 +117,7 @@ class Section:
     figures: Sequence[go.Figure] = ()
     tables: Sequence[Table] = ()
     commands: Sequence[str] = ()
-    explorer: dict[str, Any] | None = None
+    widget: Widget | None = None
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -126,9 +146,10 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
                 f'<div class="wide"><div id="{name}" role="img" aria-label="{escape(heading)}" '
                 f'style="height:{height}px{_least_width(figure)}"></div></div></figure>'
             )
-        if section.explorer is not None:
-            body.append(_explorer(section.explorer))
-            scripts.append((Path(__file__).parent / "explorer.js").read_text(encoding="utf-8"))
+        if (widget := section.widget) is not None:
+            data = f'<script type="application/json" id="{widget.name}-data">{_json(widget.data)}</script>'
+            body.append(widget.html + data)
+            scripts.append((Path(__file__).parent / f"{widget.name}.js").read_text(encoding="utf-8"))
         body += [_table(table) for table in section.tables]
         body.append("</section>")
     looks = {name: template.to_plotly_json() for name, template in TEMPLATES.items()}
@@ -148,24 +169,6 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
 def _json(value: Any) -> str:
     """JSON that can stand inside a script element: without a tag."""
     return json.dumps(value).replace("<", "\\u003c")
-
-
-def _explorer(frames: dict[str, Any]) -> str:
-    """The slider, its buttons, and places for its figures."""
-    n, of = len(frames["instances"]), frames["n_instances"]
-    picker = "".join(f'<option value="{i}">{i}</option>' for i in range(n))
-    note = f" (the first {n} of {of})" if n < of else ""
-    choice = f'<label>instance{note} <select id="explorer-instance">{picker}</select></label>' if of > 1 else ""
-    last = len(frames["steps"]) - 1
-    names = [*(("left", "right") if frames["rank"] else ()), "gram", "plane"]
-    return (
-        '<div class="controls"><button type="button" id="explorer-play" aria-pressed="false">Play</button>'
-        f'<label class="grow">training step <input type="range" id="explorer-step" min="0" max="{last}" value="{last}">'
-        f'</label>{choice}</div><p id="explorer-now" role="status"></p>'
-        '<div class="controls" id="explorer-marks"></div><div class="grid">'
-        + "".join(f'<div id="explorer-{name}" class="cell"></div>' for name in names)
-        + f'</div><script type="application/json" id="explorer-data">{_json(frames)}</script>'
-    )
 
 
 def _plain(figure: go.Figure) -> tuple[dict[str, Any], str, str]:

@@ -566,11 +566,52 @@ def sparsity_over_time(dataset: xr.Dataset, *, x_axis: XAxis = "linear") -> go.F
 # ---------------------------------------------------------------------------------------------- all of them
 
 REPLAY_FIGURES: dict[str, Entry] = {
-    "fig_7a": Entry(fig_7a, "Contributions of the singular pairs of one head", "Fig. 7a"),
-    "fig_7b": Entry(fig_7b, "S(v) of the task's heads over training, with rotated controls", "Fig. 7b"),
-    "fig_8": Entry(fig_8, "Which singular pair contributes most", "Fig. 8"),
-    "fig_9": Entry(fig_9, "How many singular pairs make up a score", "Fig. 9"),
-    "heads_map": Entry(heads_map, "Attention, sparseness and N_recon of every head", "beyond the paper"),
-    "causal": Entry(causal, "Removing contributions from the task's heads", "beyond the paper"),
-    "sparsity_over_time": Entry(sparsity_over_time, "S(v) of the toy model over training", "beyond the paper"),
+    "fig_7a": Entry(
+        fig_7a,
+        "Contributions of the singular pairs of one head",
+        "Fig. 7a",
+        "A sparse head has a few tall bars, and they are the same from prompt to prompt (short whiskers); they need "
+        "not be those of the largest singular values, below.",
+    ),
+    "fig_7b": Entry(
+        fig_7b,
+        "S(v) of the task's heads over training, with rotated controls",
+        "Fig. 7b",
+        "The singular basis falls, while scores in a basis that all heads share at random do not: sparseness grows "
+        "with training and belongs to the singular vectors. Below, the heads learn the task meanwhile.",
+    ),
+    "fig_8": Entry(
+        fig_8,
+        "Which singular pair contributes most",
+        "Fig. 8",
+        "If singular values alone decided, the first indices would have it all; bars in the shaded end are scores "
+        "that small singular values make.",
+    ),
+    "fig_9": Entry(
+        fig_9,
+        "How many singular pairs make up a score",
+        "Fig. 9",
+        "The more of the bars are blue, the more scores are made of 1 to 4 singular pairs.",
+    ),
+    "heads_map": Entry(
+        heads_map,
+        "Attention, sparseness and N_recon of every head",
+        "beyond the paper",
+        "Heads that attend to the key (bright on the left, circled) are to be dark in the middle and on the right: "
+        "sparse, and made of few pairs.",
+    ),
+    "causal": Entry(
+        causal,
+        "Removing contributions from the task's heads",
+        "beyond the paper",
+        "If the few largest contributions are what the model uses, taking them off hurts at once, and taking off "
+        "others does not. Where the diamonds lie on the circles, the largest contributions are those of the largest "
+        "singular values.",
+    ),
+    "sparsity_over_time": Entry(
+        sparsity_over_time,
+        "S(v) of the toy model over training",
+        "beyond the paper",
+        "The score becomes sparse in the singular basis as its vectors align (below), and not in a rotated one.",
+    ),
 }

@@ -29,10 +29,11 @@ from svf_lightning.report.drawing import (
     read,
     subtitle_of,
 )
-from svf_lightning.report.explorer import frames
+from svf_lightning.report.explorer import time_slider
 from svf_lightning.report.figures import FIGURES
 from svf_lightning.report.page import Section, Table, write_page
 from svf_lightning.report.replay_figures import REPLAY_FIGURES
+from svf_lightning.report.words import head_picker
 from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
 from svf_lightning.trajectory import open_trajectory
 
@@ -87,16 +88,23 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
         if (figure := dynamics(dataset)) is not None:
             text = "Mean over instances (thick) and every instance (thin). Pointing at a step shows all its values."
             sections.append(Section("Dynamics (Fig. 3)", text, [figure]))
-        if (found := frames(dataset)) is not None:
+        if (slider := time_slider(dataset)) is not None:
             text = "In the Gram matrix, attended features (bold) fade against the others as they become orthogonal."
-            if found["rank"]:
+            if slider.data["rank"]:
                 text = f"An attended feature is aligned when one singular vector points along it alone. {text}"
-            sections.append(Section("Through training (Figs. 1 and 2)", text, explorer=found))
+            sections.append(Section("Through training (Figs. 1 and 2)", text, widget=slider))
     figures = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
     for shown in () if replay else ("fig_3", "spectrum_over_time", *(["fig_1a"] if "U" in dataset else [])):
         del figures[shown]  # the panels over steps show it, or Fig. 1b does with the head that the run has
     for entry, figure in _drawn(dataset, figures):
-        sections.append(Section(f"{entry.description} ({entry.paper})", figures=[figure]))
+        sections.append(Section(f"{entry.description} ({entry.paper})", entry.see, [figure]))
+    if replay and (picker := head_picker(dataset)) is not None:
+        text = (
+            "Words are shaded by the attention that the query (dashed) gives them; the key (outlined) is the word that "
+            "the task attends to. Bars: score of each word relative to the mean of the others, taken apart over the "
+            "singular pairs that matter most for the key. In a sparse head one or two of them lift it above the rest."
+        )
+        sections.append(Section("One head over the words of a prompt (Fig. 7)", text, widget=picker))
     sections.append(_settings(config, summary, command))
     path = Path(out) if out else run_dir / REPORT
     about = [f"run {run_dir.name}", "replay of a language model" if replay else "toy model"]

@@ -1,0 +1,132 @@
+"""The head picker of a replay's page: attention of a head over the words of a prompt, and the singular pairs in it."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from svf_lightning.report.drawing import read
+from svf_lightning.report.page import Widget
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+MAX_BYTES = 1_200_000  # of all numbers
+_MISSING = -32768
+_LARGEST = 32767
+_ARRAYS = ("words/attention", "words/relative", "words/top", "words/top_index")
+
+
+def head_picker(dataset: xr.Dataset) -> Widget | None:
+    """The widget of a replay's page; None if the run kept the words of no prompt."""
+    data = word_frames(dataset)
+    if data is None:
+        return None
+    heads = range(data["layers"] * data["heads"])
+
+    def options(chosen: Any) -> str:
+        names = ((flat, divmod(flat, data["heads"])) for flat in chosen)
+        return "".join(f'<option value="{flat}">L{layer}H{head}</option>' for flat, (layer, head) in names)
+
+    groups = f'<optgroup label="all heads">{options(heads)}</optgroup>'
+    if data["task"]:
+        groups = f'<optgroup label="heads of the task">{options(data["task"])}</optgroup>' + groups
+    prompts = "".join(f'<option value="{i}">{escape(p["text"])}</option>' for i, p in enumerate(data["prompts"]))
+    last = len(data["checkpoints"]) - 1
+    slider = (
+        '<label class="grow">checkpoint <input type="range" id="words-checkpoint" min="0" '
+        f'max="{last}" value="{last}"></label>'
+    )
+    html = (
+        f'<div class="controls"><label>head <select id="words-head">{groups}</select></label>'
+        f'<label class="grow">prompt <select id="words-prompt">{prompts}</select></label>{slider if last else ""}</div>'
+        '<p id="words-text"></p><p id="words-now" role="status"></p>'
+        '<div class="wide"><div id="words-figure" role="img" aria-label="Attention and relative score of every word" '
+        'style="height:460px;min-width:640px"></div></div>'
+    )
+    return Widget("words", html, data)
+
+
+def word_frames(dataset: xr.Dataset) -> dict[str, Any] | None:
+    """What the head picker shows, as JSON values; None if the run kept the words of no prompt.
+
+    Numbers are 16-bit integers (base64) in units of their checkpoint's ``scales``; -32768 is no number. Where all
+    checkpoints would be too much for a page, some are left out, evenly, and never the first or the last.
+
+    Args:
+        dataset: A trajectory with what the AttentionOverWords callback stores.
+
+    Returns:
+        ``prompts``: text, words (of each token up to the query), whether a word goes on without a space, query and key
+        position; ``checkpoints``: for each, its name and the arrays attention [L, H, P, W], relative [L, H, P, W] and
+        top [L, H, P, W, T] (nats), index [L, H, P, T] of the singular pairs, from 0; sizes; ``task``: the task's heads.
+    """
+    needed = (*_ARRAYS, "words/prompt", "prompt_text", "token_span", "query_position", "key_position")
+    if any(name not in dataset for name in needed):
+        return None
+    numbers = dataset["words/prompt"].isel(step=-1).values
+    prompts = [_prompt(dataset, int(number)) for number in numbers]
+    n_words = max(len(prompt["words"]) for prompt in prompts)
+    n_steps, n_top = dataset.sizes["step"], dataset.sizes["top"]
+    n_heads = dataset.sizes["layer"] * dataset.sizes["head"]
+    bytes_each = 2 * n_heads * len(prompts) * (n_words * (2 + n_top) + n_top)
+    n_shown = max(1, min(n_steps, MAX_BYTES // bytes_each))
+    rows = np.unique(np.linspace(n_steps - 1, 0, n_shown).round().astype(int))
+    task = dataset["task/layer_head"].isel(step=-1).values.tolist() if "task/layer_head" in dataset else []
+    return {
+        "layers": dataset.sizes["layer"],
+        "heads": dataset.sizes["head"],
+        "words": n_words,
+        "top": n_top,
+        "task": task,
+        "prompts": prompts,
+        "checkpoints": [_checkpoint(dataset, int(row), n_words) for row in rows],
+    }
+
+
+def _prompt(dataset: xr.Dataset, number: int) -> dict[str, Any]:
+    """The words of one prompt up to its query."""
+    text = str(dataset["prompt_text"].values[number])
+    query, key = (int(dataset[f"{name}_position"].values[number]) for name in ("query", "key"))
+    spans = dataset["token_span"].values[number, : query + 1]
+    ends = [0, *spans[:-1, 1]]
+    return {
+        "text": text,
+        "words": [text[start:end] or ("[start]" if i == 0 else "[space]") for i, (start, end) in enumerate(spans)],
+        "joined": [bool(start == end and start > 0) for (start, _), end in zip(spans, ends, strict=True)],
+        "query": query,
+        "key": key,
+    }
+
+
+def _checkpoint(dataset: xr.Dataset, row: int, n_words: int) -> dict[str, Any]:
+    own = dataset.isel(step=row, word=slice(n_words))
+    arrays = {name: own[name].transpose("layer", "head", "shown", ...).values for name in _ARRAYS}
+    attention, relative, top, index = arrays.values()
+    scale = max(_largest(relative), _largest(top))
+    name = f"step {int(dataset['step'].values[row]):,}"
+    if dataset.sizes["step"] == 1 and "checkpoint" in dataset:
+        name = str(read(dataset, "checkpoint", step=row))
+    return {
+        "name": name,
+        "scale": scale / _LARGEST,
+        "attention": _whole(attention, 1.0),
+        "relative": _whole(relative, scale),
+        "contributions": _whole(top, scale),
+        "index": base64.b64encode(index.astype("<i2").tobytes()).decode(),
+    }
+
+
+def _largest(values: np.ndarray) -> float:
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max(initial=0.0)) or 1.0
+
+
+def _whole(values: np.ndarray, scale: float) -> str:
+    """Values as 16-bit integers in units of scale / 32767, base64."""
+    known = np.isfinite(values)
+    whole = np.where(known, np.round(np.where(known, values, 0) / scale * _LARGEST), _MISSING)
+    return base64.b64encode(whole.astype("<i2").tobytes()).decode()
