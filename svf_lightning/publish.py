@@ -23,6 +23,7 @@ from svf_lightning.summary import dynamics, dynamics_to_log
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
 from svf_lightning.trajectory import open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, say
+from svf_lightning.wandb_media import media as media_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +32,6 @@ _FROM_CONFIG = ("project", "entity", "name", "group", "job_type", "tags", "notes
 _BLOCK = 4096  # rows that are in memory together
 _LIGHTNINGS_LOG_EVERY = 50  # what trainer.log_every_n_steps=null means
 _PATIENCE = 60.0  # seconds
-_VERDICT = ("claim", "figure", "measured", "needed", "holds", "threshold", "rule")
 
 
 def publish(
@@ -39,11 +39,13 @@ def publish(
     project: str | None = None,
     entity: str | None = None,
     mode: Literal["online", "offline"] | None = None,
+    media: bool = True,
+    trajectory: bool = False,
 ) -> Path:
     """Make the W&B run of a run directory: of a run that was offline, was interrupted, or was not logged at all.
 
     The W&B run has what the run itself would have logged: the settings, and mean, min and max of every metric at the
-    same training steps; for a fit also dynamics/..., and once it has finished the table of its claims. All of it is
+    same training steps; for a fit also dynamics/...; figures, and tables of claims, pairs and heads. All of it is
     read from config.yaml, the trajectory and summary.json. A trial of a sweep joins the sweep's group.
 
     A second call adds nothing twice, as the W&B run has the id that the run itself gives it, the directory's name.
@@ -60,6 +62,8 @@ def publish(
         project: W&B project; null for the one in the run's settings, else svf-lightning.
         entity: W&B user or team; null for the one in the run's settings, else the account's default.
         mode: "online" or "offline"; null: what WANDB_MODE says, else online if there is an API key.
+        media: Log figures and tables.
+        trajectory: Store the trajectory as an artifact; the same one again is not stored twice.
 
     Returns:
         The run directory.
@@ -73,18 +77,18 @@ def publish(
     run = _Run.read(Path(run_dir))
     settings = run.logger_settings()
     settings |= {name: value for name, value in (("project", project), ("entity", entity)) if value is not None}
-    logger = _Publisher(**settings, save_dir=str(run.path), mode=mode)
+    logger = _Publisher(**settings, save_dir=str(run.path), mode=mode, log_media=False)
     earlier = _offline_runs(run.path, settings["run_id"])
     if any(map(_is_open, earlier)):
         raise bad_value("run_dir", run_dir, "a run that has ended", "wait for its end, it is being logged")
     if logger.is_online:
-        _send(run, logger)
+        _send(run, logger, media=media, trajectory=trajectory)
         return Path(run_dir)
     if any(any(folder.glob("*.wandb.synced")) for folder in earlier):
         say("W&B: this run was uploaded before; `wandb sync` would append to it, --mode=online adds what is missing")
     _wait_for_a_new_name(earlier, settings["run_id"])
     try:
-        _send(run, logger)
+        _send(run, logger, media=media, trajectory=trajectory)
     except BaseException:
         for folder in _offline_runs(run.path, settings["run_id"]):
             if folder not in earlier:  # half a run; the earlier ones stay
@@ -238,15 +242,8 @@ class _Publisher(RunLogger):
                 self._complain(error)  # without an answer, rows might come twice
             return set()
 
-    def log_claims(self, verdicts: Sequence[Mapping[str, Any]]) -> None:
-        """A table in the run's summary, where a later one takes its place; the history is the run's own."""
-        import wandb
 
-        table = wandb.Table(columns=list(_VERDICT), data=[[verdict.get(c) for c in _VERDICT] for verdict in verdicts])
-        self._guard(lambda: self.experiment.summary.update({"claims": table}))
-
-
-def _send(run: _Run, logger: _Publisher) -> None:
+def _send(run: _Run, logger: _Publisher, *, media: bool, trajectory: bool) -> None:
     """Log what W&B does not have yet."""
     at_the_end, last = run.dynamics(), int(run.trajectory["step"].values[-1])
     try:
@@ -259,8 +256,11 @@ def _send(run: _Run, logger: _Publisher) -> None:
                 logger.log_metrics(metrics, step=step)
         if at_the_end:
             logger.log_metrics(at_the_end, step=last)
-        if run.is_finished and run.summary.get("claims"):
-            logger.log_claims(run.summary["claims"])
+        found = media_of(run.path)[0] if media else {}
+        if found and last not in logger.steps_with(next(iter(found))):
+            logger.log_media(found, last)
+        if trajectory:
+            logger.log_trajectory(run.path)
     except BaseException:
         with suppress(Exception):  # the first one is the one to report
             logger.finalize("failed")

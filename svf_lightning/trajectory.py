@@ -98,9 +98,14 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     return dataset.assign(derived)
 
 
+def trajectory_parts(run_dir: str | Path) -> list[Path]:
+    """Stores of a run directory that hold a row, one for each device that wrote."""
+    return sorted(part for part in Path(run_dir).glob(_PARTS) if (part / _METADATA).is_file())
+
+
 def has_trajectory(run_dir: str | Path) -> bool:
     """True once a run directory holds a row, whichever device wrote it."""
-    return any((part / _METADATA).is_file() for part in Path(run_dir).glob(_PARTS))
+    return bool(trajectory_parts(run_dir))
 
 
 def _open_part(path: Path) -> xr.Dataset:

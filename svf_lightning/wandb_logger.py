@@ -14,6 +14,10 @@ from urllib.parse import urlparse
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
+from svf_lightning.arguments import dotted
+from svf_lightning.trajectory import has_trajectory
+from svf_lightning.wandb_media import media, trajectory_artifact
+
 STEP_METRIC = "trainer/global_step"
 _SUMMARIES = "last,min,max"
 
@@ -39,6 +43,8 @@ class RunLogger(WandbLogger):
         save_dir: Directory in which W&B makes its folder ``wandb/``.
         mode: "online", "offline" or "disabled"; null: what WANDB_MODE says, else online if there is an API key.
         quiet: Do not say where the W&B run is.
+        log_media: Log figures and tables of the run directory ``save_dir`` when the run has ended well.
+        log_trajectory: Store its trajectory as an artifact of the W&B run, too.
     """
 
     def __init__(
@@ -54,6 +60,8 @@ class RunLogger(WandbLogger):
         save_dir: str = ".",
         mode: Literal["online", "offline", "disabled"] | None = None,
         quiet: bool = False,
+        log_media: bool = True,
+        log_trajectory: bool = False,
     ) -> None:
         if os.environ.get("WANDB_SWEEP_ID"):
             # an agent's trial: the sweep has decided which run of which project this is
@@ -73,6 +81,7 @@ class RunLogger(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # Lightning still passes it; wandb warns about it
         self._mode = mode or _mode_from_environment()
         self._quiet = quiet
+        self._logs_media, self._logs_trajectory = log_media, log_trajectory
         self._defined: set[str] = set()
         self._complained = False
 
@@ -99,6 +108,19 @@ class RunLogger(WandbLogger):
         """Log one dictionary; ``step`` is the training step."""
         self._guard(lambda: self._log(metrics, step))
 
+    def log_media(self, found: Mapping[str, Any], step: int) -> None:
+        """Log W&B's objects (:func:`svf_lightning.wandb_media.media`) at a training step."""
+        self._guard(lambda: self._log_media(found, step))
+
+    def _log_media(self, found: Mapping[str, Any], step: int) -> None:
+        for name in found:
+            self.experiment.define_metric(name, step_metric=STEP_METRIC)
+        self.experiment.log({**found, STEP_METRIC: step})
+
+    def log_trajectory(self, run_dir: Path) -> None:
+        """Store the trajectory of a run directory as an artifact."""
+        self._guard(lambda: self.experiment.log_artifact(trajectory_artifact(run_dir, self.experiment.id)))
+
     def finalize(self, status: str) -> None:
         """End the W&B run, and say where it is."""
         if self._experiment is None:
@@ -107,6 +129,12 @@ class RunLogger(WandbLogger):
         if isinstance(run, _DummyExperiment):
             self._experiment = None
             return
+        run_dir = Path(self._save_dir or ".")
+        if status == "success" and has_trajectory(run_dir) and not getattr(run, "disabled", False):
+            if self._logs_media:
+                self._guard(lambda: self._log_media(*media(run_dir)))
+            if self._logs_trajectory:
+                self.log_trajectory(run_dir)
         offline_dir = Path(run.dir).parent if getattr(run, "offline", False) else None
         self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1))
         self._experiment = None
@@ -152,17 +180,6 @@ class RunLogger(WandbLogger):
             self._complained = True
             reason = " ".join(str(error).split()) or type(error).__name__
             say(f"W&B: not available ({reason}); the run goes on, its run directory has everything")
-
-
-def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level; lists stay as they are."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= dotted(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def say(line: str) -> None:

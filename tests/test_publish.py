@@ -1,5 +1,6 @@
 """`publish`: the W&B run that a run directory makes is the one that the run itself would have made, and only one."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -14,9 +15,10 @@ import yaml
 from svf_lightning import cli
 from svf_lightning.__main__ import main
 from svf_lightning.publish import publish
+from svf_lightning.report.run_page import figures_of
 from svf_lightning.sweep.cohort import Member, train
 from svf_lightning.sweep.results import INDEX
-from svf_lightning.trajectory import TrajectoryStore
+from svf_lightning.trajectory import TrajectoryStore, open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger
 
 STEPS = 23
@@ -29,7 +31,7 @@ class Logged:
     def __init__(self, folder):
         from wandb.proto.wandb_internal_pb2 import Record
 
-        self.config, self.history, self.summary, self.exit_code = {}, [], {}, None
+        self.config, self.history, self.summary, self.artifacts, self.exit_code = {}, [], {}, [], None
         for payload in _payloads(next(folder.glob("*.wandb")).read_bytes()):
             record = Record()
             record.ParseFromString(payload)
@@ -40,9 +42,11 @@ class Logged:
             for item in record.summary.update:
                 self.summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
             if record.HasField("history"):
-                row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                # texts, so that NaN equals NaN; W&B's own clock and counter aside
-                self.history.append({name: value for name, value in row.items() if not name.startswith("_")})
+                self.history.append(_row(record.history.item))
+            if record.HasField("request") and record.request.HasField("log_artifact"):
+                self.artifacts.append(record.request.log_artifact.artifact)
+            if record.HasField("artifact"):
+                self.artifacts.append(record.artifact)
             if record.HasField("exit"):
                 self.exit_code = record.exit.exit_code
         self.config.pop("_wandb", None)
@@ -55,6 +59,16 @@ class Logged:
     @property
     def steps(self):
         return [int(row[STEP_METRIC]) for row in self.history]
+
+
+def _row(items):
+    """Numbers as texts, so that NaN equals NaN; media by what is in their files, as they lie where W&B likes."""
+    row = {}
+    for item in items:
+        name, *inner = item.nested_key or [item.key]
+        if not name.startswith("_") and inner in ([], ["sha256"]):  # W&B's own clock and counter aside
+            row[name] = item.value_json
+    return row
 
 
 def _payloads(data, block=32768):
@@ -123,14 +137,57 @@ def test_the_published_run_is_the_live_run_and_has_the_claims(finished, run_dir,
     assert found.about[:2] == ("run-a", "svf-lightning")
     assert found.config == live.config
     assert found.config["trainer.max_steps"] == STEPS
-    assert found.steps == [0, 5, 10, 15, 20, STEPS, STEPS]
+    assert found.steps == [0, 5, 10, 15, 20, STEPS, STEPS, STEPS]
     assert len(found.history[0]) > 50
     assert found.history == live.history  # names, values to the last bit, order
     assert found.exit_code == live.exit_code == 0
-    table = json.loads((offline_runs(run_dir)[0] / "files" / found.summary["claims"]["path"]).read_text())
     claims = json.loads((run_dir / "summary.json").read_text())["claims"]
-    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == claims
-    assert {name: value for name, value in live.summary.items() if name[0] != "_"}.items() <= found.summary.items()
+    assert table_of(run_dir, "claims") == claims
+    assert len({name for row in live.history for name in row}) <= 100
+    assert found.summary.keys() == live.summary.keys()
+    for name, value in live.summary.items():
+        if not name.startswith(("_", "figures/", "tables/")):  # where W&B keeps files is random
+            assert found.summary[name] == value
+
+
+def table_of(run_dir, name):
+    (file,) = (offline_runs(run_dir)[0] / "files" / "media" / "table" / "tables").glob(f"{name}_*.json")
+    table = json.loads(file.read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def test_figures_and_tables_of_the_last_step_are_in_the_run(finished):
+    last = {name: json.loads(value) for name, value in live_run(finished).history[-1].items()}
+    rows = open_trajectory(finished)
+    entries = figures_of(rows, replay=False)
+    assert {name for name in last if name.startswith("figures/")} == {
+        f"figures/{name}" for name in ["dynamics", *entries]
+    }
+    for name, (_, figure) in entries.items():
+        (file,) = (offline_runs(finished)[0] / "files" / "media" / "plotly" / "figures").glob(f"{name}_[0-9]*.json")
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == last[f"figures/{name}"]
+        assert len(json.loads(file.read_text())["data"]) == len(figure.data)
+    final = rows.isel(step=-1)
+    pairs = table_of(finished, "pairs")
+    assert len(pairs) == rows.sizes["instance"] * rows.sizes["pair"]
+    instances = table_of(finished, "instances")
+    assert [row["seed"] for row in instances] == rows["seed"].values.tolist()
+    for row in pairs:
+        assert row["pair/left"] == pytest.approx(float(final["pair/left"][row["instance"], row["pair"]]))
+    for row in instances:
+        assert row["alignment/matched"] == pytest.approx(float(final["alignment/matched"][row["instance"]]))
+
+
+def test_the_trajectory_is_an_artifact_for_those_who_ask(run_dir):
+    publish(str(run_dir), media=False, trajectory=True)
+    (folder,) = offline_runs(run_dir)
+    found = Logged(folder)
+    assert found.steps[-1] == STEPS
+    assert not any(name.startswith(("figures/", "tables/")) for row in found.history for name in row)
+    (artifact,) = found.artifacts
+    assert (artifact.name, artifact.type) == (f"trajectory-{run_dir.name}", "trajectory")
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert {"config.yaml", "summary.json", "trajectory.zarr/.zattrs"} <= names
 
 
 def test_a_second_time_replaces_the_run_and_touches_nothing_else(run_dir):
@@ -154,10 +211,11 @@ def test_a_run_that_was_killed(finished, run_dir):
     TrajectoryStore(run_dir).truncate(before_step=18)
     publish(str(run_dir))
     found = published(run_dir)
-    assert found.steps == [0, 5, 10, 15, 17]
+    assert found.steps == [0, 5, 10, 15, 17, 17]
     assert found.history[:4] == live.history[:4]
     assert {"dynamics/t_align", "dynamics/t_ortho/max"} <= found.history[4].keys()
-    assert "claims" not in found.summary
+    assert "tables/claims" not in found.summary
+    assert {"tables/pairs", "figures/dynamics"} <= found.history[-1].keys()
     assert found.exit_code == 1  # W&B shows it as failed
 
 
@@ -199,8 +257,9 @@ def test_a_trial_of_a_sweep_joins_its_sweep(tmp_path):
     assert found.about == live.about
     assert found.about[3:6] == ("seed=0", "some sweep", "sweep")
     assert found.config == live.config
-    assert found.history[:-2] == live.history[:-1]
-    assert {**found.history[-2], **found.history[-1]} == live.history[-1]  # a trial logs both at once
+    assert found.history[:-3] == live.history[:-1]
+    assert {**found.history[-3], **found.history[-2]} == live.history[-1]  # a trial logs both at once
+    assert {"figures/dynamics", "tables/claims"} <= found.history[-1].keys()  # and does not draw
 
 
 def test_a_replay_of_several_devices(tmp_path):
@@ -229,8 +288,11 @@ def test_a_replay_of_several_devices(tmp_path):
     publish(str(run_dir))
     found = published(run_dir)
     assert found.about == ("a replay", "svf-lightning", "", "a replay", "ours", "replay", [])
-    assert found.steps == [0, 100, 200, 300, 400]
-    for k, row in enumerate(found.history):
+    assert found.steps == [0, 100, 200, 300, 400, 400]
+    heads = table_of(run_dir, "heads")
+    assert [(row["layer"], row["head"]) for row in heads] == [(i, j) for i in range(2) for j in range(3)]
+    np.testing.assert_allclose([row["sad/sparseness"] for row in heads], values[-1].ravel())
+    for k, row in enumerate(found.history[:-1]):
         expected = {
             "sad/sparseness": np.nanmean(values[k]),
             "sad/sparseness/min": np.nanmin(values[k]),
@@ -286,20 +348,23 @@ def online(monkeypatch, run_dir, **cloud):
 
 
 def test_online_only_what_is_missing_is_sent(finished, run_dir, monkeypatch, capsys):
-    live = [{name: float(value) for name, value in row.items()} for row in published(finished).history]
+    live = [{name: json.loads(value) for name, value in row.items()} for row in published(finished).history]
     new = online(monkeypatch, run_dir)
     assert new.asked == "us/svf-lightning/run-a"
     assert (new.init["id"], new.init["resume"], new.init["mode"]) == ("run-a", "allow", "online")
     assert "https://wandb.example/run" in capsys.readouterr().err
-    np.testing.assert_equal(new.sent, live)
+    assert all(type(value) is float for name, value in new.sent[0].items() if name != STEP_METRIC)
+    np.testing.assert_equal(new.sent[:-1], live[:-1])
+    assert new.sent[-1].keys() == live[-1].keys()
     assert new.config["trainer.max_steps"] == STEPS
-    assert len(new.summary["claims"].data) == 7
+    assert len(new.sent[-1]["tables/claims"].data) == 7
     # the connection broke after a few rows, and in between
     part = online(monkeypatch, run_dir, history=[live[0], live[1], live[3]])
-    np.testing.assert_equal(part.sent, [live[2], *live[4:]])
-    # everything but the row at the end
-    end = online(monkeypatch, run_dir, history=live[:-1])
-    np.testing.assert_equal(end.sent, live[-1:])
+    np.testing.assert_equal(part.sent[:-1], [live[2], *live[4:-1]])
+    # everything but the rows at the end
+    end = online(monkeypatch, run_dir, history=live[:-2])
+    np.testing.assert_equal(end.sent[:-1], live[-2:-1])
+    assert end.sent[-1].keys() == live[-1].keys()
     again = online(monkeypatch, run_dir, history=live)
     assert again.sent == []
     assert again.config == new.config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 import yaml
 
+from svf_lightning.arguments import dotted
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.report.drawing import (
     BLUE,
@@ -26,7 +27,6 @@ from svf_lightning.report.drawing import (
 from svf_lightning.report.page import Section, Table, write_page
 from svf_lightning.run_dir import CONFIG, SUMMARY
 from svf_lightning.trajectory import open_trajectory
-from svf_lightning.wandb_logger import dotted
 
 if TYPE_CHECKING:
     import xarray as xr

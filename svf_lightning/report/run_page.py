@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,17 +87,17 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     sections = [_verdict(summary, dataset)]
     if not replay:
         if (figure := dynamics(dataset)) is not None:
-            text = "Mean over instances (thick) and every instance (thin). Pointing at a step shows all its values."
+            text = (
+                "What happens when: losses fall, a singular value rises, singular vectors align, features turn "
+                "orthogonal. Thick: mean over instances; thin: every instance. Pointing at a step shows its values."
+            )
             sections.append(Section("Dynamics (Fig. 3)", text, [figure]))
         if (slider := time_slider(dataset)) is not None:
             text = "In the Gram matrix, attended features (bold) fade against the others as they become orthogonal."
             if slider.data["rank"]:
                 text = f"An attended feature is aligned when one singular vector points along it alone. {text}"
             sections.append(Section("Through training (Figs. 1 and 2)", text, widget=slider))
-    figures = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
-    for shown in () if replay else ("fig_3", "spectrum_over_time", *(["fig_1a"] if "U" in dataset else [])):
-        del figures[shown]  # the panels over steps show it, or Fig. 1b does with the head that the run has
-    for entry, figure in _drawn(dataset, figures):
+    for entry, figure in figures_of(dataset, replay=replay).values():
         sections.append(Section(f"{entry.description} ({entry.paper})", entry.see, [figure]))
     if replay and (picker := head_picker(dataset)) is not None:
         text = (
@@ -154,14 +155,22 @@ def _settings(config: Mapping[str, Any], summary: Mapping[str, Any], command: st
     return Section("Settings", "The same run again:", tables=tables, commands=[command])
 
 
-def _drawn(dataset: xr.Dataset, entries: Mapping[str, Entry]) -> Iterator[tuple[Entry, go.Figure]]:
-    """All figures that the run has the data for."""
-    for entry in entries.values():
-        try:
-            log = "x_axis" in inspect.signature(entry.draw).parameters
-            yield entry, entry.draw(dataset, **({"x_axis": "log"} if log else {}))
-        except InputError:
-            continue
+def figures_of(dataset: xr.Dataset, *, replay: bool) -> dict[str, tuple[Entry, go.Figure]]:
+    """All figures that a run has the data for, by name, without what :func:`dynamics` shows.
+
+    Args:
+        dataset: A trajectory.
+        replay: It is one of a language model.
+    """
+    entries = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
+    for shown in () if replay else ("fig_3", "spectrum_over_time", *(["fig_1a"] if "U" in dataset else [])):
+        del entries[shown]  # the panels over steps show it, or Fig. 1b does with the head that the run has
+    found = {}
+    for name, entry in entries.items():
+        log = {"x_axis": "log"} if "x_axis" in inspect.signature(entry.draw).parameters else {}
+        with suppress(InputError):
+            found[name] = entry, entry.draw(dataset, **log)
+    return found
 
 
 def dynamics(dataset: xr.Dataset) -> go.Figure | None:

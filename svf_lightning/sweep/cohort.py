@@ -200,6 +200,7 @@ def _wandb(member: Member, settings: Settings) -> dict[str, Any] | None:
         "group": member.group,
         "job_type": "sweep",
         "quiet": True,
+        "log_media": False,  # a trial costs less than drawing it
         "tags": [*settings["experiment"]["tags"], "sweep"],
     }
 

@@ -1,0 +1,84 @@
+"""What W&B gets of a run at its end beside the metrics: figures, tables of claims, pairs and heads, the trajectory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
+from svf_lightning.trajectory import open_trajectory, trajectory_parts
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+MAX_ROWS = 10_000  # of a table; W&B's own limit
+_VERDICT = ("claim", "figure", "measured", "needed", "holds", "threshold", "rule")
+
+
+def media(run_dir: Path) -> tuple[dict[str, Any], int]:
+    """Figures and tables of a run at its last step, as W&B's objects by key.
+
+    ``figures/NAME``: interactive, as in the run's page; ``tables/claims``, if the run has ended; ``tables/pairs``:
+    every attended pair of every instance; ``tables/instances`` or ``tables/heads``: all numbers of each.
+
+    Returns:
+        Them, and the training step of the last row.
+
+    Raises:
+        InputError: There is no trajectory, or it cannot be read.
+    """
+    import wandb
+
+    from svf_lightning.report.run_page import dynamics, figures_of
+
+    dataset, replay = open_trajectory(run_dir), is_replay(run_dir)
+    figures = {name: figure for name, (_, figure) in figures_of(dataset, replay=replay).items()}
+    if not replay and (over_steps := dynamics(dataset)) is not None:
+        figures = {"dynamics": over_steps, **figures}
+    found: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in figures.items()}
+    if (run_dir / SUMMARY).is_file():
+        claims = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))["claims"]
+        if claims:
+            found["tables/claims"] = _claims(claims)
+    batch_dims = tuple(dataset.attrs["batch_dims"])
+    parts = {"pairs": (*batch_dims, "pair"), f"{batch_dims[-1]}s" if batch_dims else "run": batch_dims}
+    for name, dims in parts.items():
+        if (rows := _rows(dataset, dims)) is not None:
+            found[f"tables/{name}"] = wandb.Table(dataframe=rows)
+    return found, int(dataset["step"].values[-1])
+
+
+def trajectory_artifact(run_dir: Path, name: str) -> Any:
+    """The trajectory with settings and summary, as a W&B artifact of type "trajectory"."""
+    import wandb
+
+    artifact = wandb.Artifact(f"trajectory-{name}", type="trajectory")
+    for part in trajectory_parts(run_dir):
+        artifact.add_dir(str(part), name=part.name)
+    for file in (CONFIG, SUMMARY):
+        if (run_dir / file).is_file():
+            artifact.add_file(str(run_dir / file), name=file)
+    return artifact
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(_VERDICT), data=[[claim.get(column) for column in _VERDICT] for claim in claims])
+
+
+def _rows(dataset: xr.Dataset, dims: tuple[str, ...]) -> Any:
+    """The numbers of the last step that have just these dimensions, a row for each place; None if there are none."""
+    names = [
+        name
+        for name, variable in dataset.data_vars.items()
+        if dims and variable.dims == ("step", *dims) and variable.dtype.kind in "biuf"
+    ]
+    if not names:
+        return None
+    labels = [name for name, variable in dataset.coords.items() if variable.dims and set(variable.dims) <= set(dims)]
+    own = dataset[names].isel(step=-1).reset_coords(drop=True).assign_coords({name: dataset[name] for name in labels})
+    table = own.to_dataframe().reset_index()
+    return table[[*dims, *(name for name in labels if name not in dims), *names]].head(MAX_ROWS)
