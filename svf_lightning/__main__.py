@@ -1,4 +1,4 @@
-"""The command line: ``python -m svf_lightning fit | validate | test | replay | sweep | report | publish``."""
+"""The command line: ``python -m svf_lightning COMMAND``; without one that is known, a line says which there are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -17,16 +19,23 @@ from svf_lightning.wandb_logger import say
 
 _HELP = """usage: python -m svf_lightning COMMAND [options]
 
-  fit       train the toy model; with no option, the preset single_pair
-  validate  measure a checkpoint of the toy model on held-out draws
-  test      the same on other held-out draws
-  replay    measure the training checkpoints of a language model; with no option, of a small suite that it trains
-  sweep     run every trial of a W&B sweep file, without the W&B cloud
-  report    one HTML page for a run directory or a sweep's directory, at any time
-  publish   the W&B run of a run directory: of a run that was offline, interrupted, or not logged
+  fit        train the toy model; with no option, the preset single_pair
+  validate   measure a checkpoint of the toy model on held-out draws
+  test       the same on other held-out draws
+  replay     measure the training checkpoints of a language model; with no option, of a small suite that it trains
+  sweep      run every trial of a W&B sweep file, without the W&B cloud
+  report     one HTML page for a run directory or a sweep's directory, at any time
+  publish    the W&B run of a run directory: of a run that was offline, interrupted, or not logged
+  workspace  a saved view of a W&B project with the panels to look at first
 
 COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
 """
+_FUNCTIONS = {  # commands that are plain functions, imported when they are called
+    "sweep": "svf_lightning.sweep.command",
+    "report": "svf_lightning.report.command",
+    "publish": "svf_lightning.publish",
+    "workspace": "svf_lightning.workspace",
+}
 _BAD_INPUT = 2
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -45,19 +54,12 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_HELP)  # noqa: T201
         return 0
     quiet_the_libraries()
+    place: Path | str | None
+    code: int
     try:
-        if given[:1] == ["sweep"]:
-            from svf_lightning.sweep.command import sweep_command
-
-            place, code = sweep_command(given[1:])
-        elif given[:1] == ["report"]:
-            from svf_lightning.report.command import report_command
-
-            place, code = report_command(given[1:])
-        elif given[:1] == ["publish"]:
-            from svf_lightning.publish import publish_command
-
-            place, code = publish_command(given[1:])
+        if given and given[0] in _FUNCTIONS:
+            command = getattr(import_module(_FUNCTIONS[given[0]]), f"{given[0]}_command")
+            place, code = command(given[1:])
         else:
             cli = run_command(given)
             place, code = cli.run_dir, cli.exit_code

@@ -456,7 +456,7 @@ def quiet_the_libraries() -> None:
 def _explain(message: str, command: str | None, known: list[str], files: list[str]) -> str:
     """The parser's message as: what was wrong, what is allowed, what to do."""
     if command is None:
-        commands = ", ".join((*_COMMANDS, "sweep", "report", "publish"))
+        commands = ", ".join((*_COMMANDS, "sweep", "report", "publish", "workspace"))
         return f"no such command ({message}). Allowed: {commands}. Fix: try `python -m svf_lightning fit`."
     see = f"`python -m svf_lightning {command} --help` lists them"
     if found := re.match(r"unrecognized arguments: --(\S+)", message):

@@ -46,6 +46,16 @@ def train(folder, steps=12, callbacks=(), model=None, data=None, trainer=None, *
     return model
 
 
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory):
+    """Checkpoints of a language model, trained for eight steps."""
+    from replays import SIZES
+
+    from svf_lightning.replay.suite import train_suite
+
+    return train_suite(tmp_path_factory.mktemp("suite") / "tiny", **SIZES)
+
+
 class Command:
     """The real command, in an empty folder, without a source tree in sight."""
 

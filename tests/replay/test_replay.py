@@ -9,18 +9,14 @@ import pytest
 import torch
 from conftest import Command, run_dir_of
 from models import random_model
+from replays import STEPS, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svf_lightning.callbacks import (
     AttentionOverWords,
-    AttentionSparsity,
-    Capture,
     CausalAblation,
     FeatureOrthogonality,
     NearestFeature,
-    RunSummary,
-    SVDAlignment,
-    TrajectoryWriter,
 )
 from svf_lightning.errors import InputError
 from svf_lightning.metrics import cosine_matrix, relative_attention, sparseness
@@ -34,44 +30,12 @@ from svf_lightning.replay import (
 )
 from svf_lightning.replay.bridge import make_bridge
 from svf_lightning.replay.ledger import Ledger
-from svf_lightning.replay.suite import train_suite
-from svf_lightning.replay.trainer import ReplayTrainer
 from svf_lightning.trajectory import open_trajectory
-
-STEPS = [0, 1, 2, 4, 8]
-SIZES = {"max_steps": 8, "n_layers": 2, "d_model": 48, "n_heads": 3, "batch_size": 8}
-
-
-@pytest.fixture(scope="session")
-def suite(tmp_path_factory):
-    return train_suite(tmp_path_factory.mktemp("suite") / "tiny", **SIZES)
 
 
 @pytest.fixture
 def own_suite(suite, tmp_path):
     return shutil.copytree(suite, tmp_path / "suite")
-
-
-def replay(source, run_dir, *, model=None, callbacks=(), n_prompts=13, batch_size=5, prompts="ioi", **options):
-    trainer = ReplayTrainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=run_dir,
-        callbacks=[
-            Capture(chunk=1),
-            SVDAlignment(keep_vectors=False),
-            AttentionSparsity(n_draws=3),
-            *callbacks,
-            TrajectoryWriter(add=True),
-            RunSummary(),
-        ],
-    )
-    data = ReplayData(source, prompts=prompts, n_prompts=n_prompts, batch_size=batch_size, **options)
-    trainer.replay(model or CheckpointReplay(), data)
-    return open_trajectory(run_dir) if list(run_dir.glob("trajectory*")) else None
 
 
 class Recorded(FolderCheckpoints):
