@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _DETAIL = re.compile(r"_sd$|_low/|_high/|^causal/.*/(1|2)$")
+_MEAN_ALONE = re.compile(  # what loggers get no extremes of, so that a run has at most about 100 names
+    r"(theory|sharing|heads)/|alignment/(unwhitened|nearest_)|orthogonality/(antipodal|dimensionality)$"
+    r"|spectrum/target_spearman$|sad/(attention|score|score_error|top_in_last_eighth)$"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Rows:
     def to_log(self, *, every: int, last: int) -> list[tuple[int, dict[str, float]]]:
         """What a logger gets: of every n-th training step and of the last one, mean, min and max over the batch.
 
-        These are at most about 100 names, whatever the size of the model: details stay in the trajectory.
+        These are at most about 100 names, whatever the size of the model: details, and the extremes of what is looked
+        at less often, stay in the trajectory.
 
         Returns:
             (step, one dictionary) for each of these steps.
@@ -70,7 +75,7 @@ class Rows:
             if is_detail(name):
                 continue
             columns[name], low, high = statistics(values[picked], self.batch_dims)
-            if values.ndim > 1:
+            if values.ndim > 1 and not _MEAN_ALONE.match(name):
                 columns |= {f"{name}/min": low, f"{name}/max": high}
         return [
             (int(self.steps[k]), {name: float(column[row]) for name, column in columns.items()})

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -100,6 +101,25 @@ def command(tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()
     return Command(folder)
+
+
+@pytest.fixture
+def typed(command, monkeypatch, capsys):
+    """The same in this process, for commands that end before a run begins: without the seconds that a start takes."""
+    from svf_lightning.__main__ import main
+
+    monkeypatch.delenv("SVF_LIGHTNING_RUN_DIR", raising=False)  # and so it is afterwards
+
+    def run(*arguments, **environment):
+        monkeypatch.chdir(command.folder)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 def run_dir_of(result, command):

@@ -18,6 +18,7 @@ from conftest import Command, run_dir_of
 from svf_lightning.trajectory import open_trajectory
 
 QUICK = ("--trainer.max_steps=40", "--data.batch_size=16", "--model.n_instances=2")
+PLAIN = ("--report=false", "--trainer.logger.init_args.log_media=false")  # seconds of drawing for each run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_summary_is_valid_json_and_agrees_with_the_trajectory(finished):
 
 def test_the_saved_config_repeats_the_run(finished, tmp_path):
     command, _, run_dir = finished
-    again = run_dir_of(command("fit", "--config", run_dir / "config.yaml"), command)
+    again = run_dir_of(command("fit", "--config", run_dir / "config.yaml", "--report=false"), command)
     assert again != run_dir
     assert (again / "config.yaml").read_text() == (run_dir / "config.yaml").read_text()
     a, b = (torch.load(p / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for p in (run_dir, again))
@@ -73,7 +74,7 @@ def test_the_saved_config_repeats_the_run(finished, tmp_path):
 
 
 def test_an_override_reaches_everything_that_is_derived_from_it(command):
-    result = command("fit", *QUICK, "--model.n_features=13", "--model.d_model=6", "--seed_everything=5")
+    result = command("fit", *QUICK, *PLAIN, "--model.n_features=13", "--model.d_model=6", "--seed_everything=5")
     config = yaml.safe_load((run_dir_of(result, command) / "config.yaml").read_text())
     dataset = open_trajectory(run_dir_of(result, command))
     assert dataset.sizes["feature"] == 13
@@ -84,12 +85,12 @@ def test_an_override_reaches_everything_that_is_derived_from_it(command):
 
 
 def test_the_same_command_twice_makes_two_runs(command):
-    runs = {run_dir_of(command("fit", *QUICK, "--trainer.max_steps=5"), command) for _ in range(2)}
+    runs = {run_dir_of(command("fit", *QUICK, *PLAIN, "--trainer.max_steps=5"), command) for _ in range(2)}
     assert len(runs) == 2
 
 
 def test_lists_give_one_value_per_instance(command):
-    result = command("fit", *QUICK, "--model.lambda_attn=[1.0, 1e-05]", "--data.feature_probability=[0.1, 0.5]")
+    result = command("fit", *QUICK, *PLAIN, "--model.lambda_attn=[1.0, 1e-05]", "--data.feature_probability=[0.1, 0.5]")
     assert open_trajectory(run_dir_of(result, command))["lambda_attn"].values.tolist() == [1.0, 1e-5]
 
 
@@ -145,10 +146,11 @@ def test_a_killed_run_is_readable_and_resumes_to_the_run_that_was_not_killed(com
     assert rows["step"].values.tolist() == list(range(rows.sizes["step"]))
     checkpoint = run_dir / "checkpoints" / "step-500.ckpt"
     resumed = run_dir_of(
-        command("fit", "--ckpt_path", checkpoint.relative_to(command.folder), "--trainer.max_steps=700"), command
+        command("fit", "--ckpt_path", checkpoint.relative_to(command.folder), "--trainer.max_steps=700", *PLAIN),
+        command,
     )
     assert resumed == run_dir
-    whole = run_dir_of(command("fit", *LONG, "--trainer.max_steps=700"), command)
+    whole = run_dir_of(command("fit", *LONG, "--trainer.max_steps=700", *PLAIN), command)
     assert open_trajectory(whole).load().equals(open_trajectory(resumed).load())
     a, b = (json.loads((p / "summary.json").read_text()) for p in (whole, resumed))
     assert (a["metrics"], a["claims"], a["steps"]) == (b["metrics"], b["claims"], b["steps"])
@@ -183,7 +185,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line_and_leaves_nothing_behind(command, finished, case):
+def test_bad_input_gets_one_line_and_leaves_nothing_behind(command, typed, finished, case):
     arguments, message = BAD[case]
     (command.folder / "unknown.yaml").write_text("model:\n  lamda: 3\n")
     (command.folder / "broken.yaml").write_text("model: [1,\n")
@@ -193,7 +195,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(command, finished, ca
     (command.folder / "taken").mkdir()
     (command.folder / "taken" / "summary.json").write_text("{}")
     before = command.files()
-    result = command("fit", *arguments)
+    run = command if case in ("no features", "an unknown option", "a corrupt checkpoint") else typed
+    result = run("fit", *arguments)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.search(message, result.stderr), result.stderr
@@ -207,15 +210,15 @@ def test_a_traceback_is_there_for_those_who_ask(command):
     assert "Traceback" in result.stderr
 
 
-def test_no_command_and_an_unknown_one_say_which_there_are(command):
+def test_no_command_and_an_unknown_one_say_which_there_are(typed):
     for arguments in ((), ("fat",)):
-        result = command(*arguments)
+        result = typed(*arguments)
         assert result.returncode == 2
-        assert re.search(r"fit, validate, test", result.stderr)
+        assert re.search(r"fit, validate, test, replay, sweep, report, publish, workspace", result.stderr)
 
 
-def test_help_names_every_option_with_unit_and_default(command):
-    result = command("fit", "--help")
+def test_help_names_every_option_with_unit_and_default(typed):
+    result = typed("fit", "--help")
     assert result.returncode == 0
     for option in (
         "--model.lambda_attn",

@@ -6,6 +6,10 @@ import pytest
 from conftest import run_dir_of
 
 from svf_lightning.cli import presets
+from svf_lightning.rows import Rows
+from svf_lightning.trajectory import open_trajectory
+
+PLAIN = ("--report=false", "--trainer.logger=false")
 
 
 def claims_of(result, command):
@@ -15,16 +19,23 @@ def claims_of(result, command):
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_runs_and_computes_its_claims(command, preset):
     result = command("fit", "--config", f"configs/{preset}.yaml", "--trainer.max_steps=6", "--data.batch_size=8")
-    summary = json.loads((run_dir_of(result, command) / "summary.json").read_text())
+    run_dir = run_dir_of(result, command)
+    summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["experiment"] == preset
     assert summary["claims"]
     assert all(claim["measured"] is not None for claim in summary["claims"] if "dynamics" not in claim["rule"])
+    assert (run_dir / "report.html").stat().st_size < 8e6
+    assert "not available" not in result.stderr  # W&B, for whatever reason
+    ((_, logged),) = Rows.read(open_trajectory(run_dir).isel(step=[-1])).to_log(every=1, last=-1)
+    media = list((run_dir / "wandb" / "latest-run" / "files" / "media").rglob("*.json"))
+    assert len(media) >= 4
+    assert len(logged) + 2 * 3 + len(media) <= 100  # with mean, min and max of t_align and t_ortho
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
 def test_every_claim_of_every_preset_holds(command, preset):
-    claims = claims_of(command("fit", "--config", preset), command)
+    claims = claims_of(command("fit", "--config", preset, *PLAIN), command)
     assert [claim["claim"] for claim in claims if claim["holds"] is False] == []
 
 
@@ -46,7 +57,7 @@ REDUCED = {
 @pytest.mark.parametrize("preset", REDUCED)
 def test_the_claims_of_a_preset_hold_already_at_a_reduced_size(command, preset):
     """Claims about some of the instances alone are left to the full size."""
-    claims = claims_of(command("fit", "--config", preset, *REDUCED[preset]), command)
+    claims = claims_of(command("fit", "--config", preset, *REDUCED[preset], *PLAIN), command)
     judged = [claim for claim in claims if claim["holds"] is not None and "instances with" not in claim["rule"]]
     assert judged
     assert {claim["claim"]: claim["measured"] for claim in judged if not claim["holds"]} == {}

@@ -435,11 +435,12 @@ def test_without_a_network_a_hub_preset_says_so_in_one_line(preset, command: Com
     assert not (command.folder / "runs").exists()
 
 
-def test_help_names_every_command(command: Command):
-    result = command("--help")
+def test_help_names_every_command(typed):
+    result = typed("--help")
     assert result.returncode == 0
-    assert all(f"  {name} " in result.stdout for name in ("fit", "validate", "test", "replay"))
-    assert "replay" in command("repaly").stderr
+    commands = ("fit", "validate", "test", "replay", "sweep", "report", "publish", "workspace")
+    assert all(f"  {name} " in result.stdout for name in commands)
+    assert "replay" in typed("repaly").stderr
 
 
 @pytest.mark.parametrize("where", [[], ["--run_dir=here"]])
@@ -463,8 +464,8 @@ def test_two_devices_share_the_checkpoints(suite, command: Command, where):
         (["--data.source=svf_lightning.replay.FolderCheckpoints", "--data.source.init_args.folder=nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(command: Command, tmp_path, arguments, message):
-    result = command("replay", *arguments)
+def test_bad_input_is_one_line_and_exit_code_2(command: Command, typed, arguments, message):
+    result = typed("replay", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -177,12 +177,12 @@ def test_ray_runs_the_same_trials_and_brings_them_back(file, tmp_path):
         (["FILE", "--sweep_dir=RUN"], "already holds a run"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(file, command: Command, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(file, command: Command, typed, arguments, message):
     run = command.folder / "a_run"
     run.mkdir()
     (run / "config.yaml").write_text("")
     path = file(LAMBDA)
-    result = command("sweep", *(a.replace("FILE", str(path)).replace("RUN", str(run)) for a in arguments))
+    result = typed("sweep", *(a.replace("FILE", str(path)).replace("RUN", str(run)) for a in arguments))
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
