@@ -21,6 +21,7 @@ from svf_lightning.report.drawing import (
     SKY,
     VERMILLION,
     Steps,
+    as_text,
     finish,
     mean_of_finite,
 )
@@ -70,7 +71,8 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparis
     figures = [figure for metric in _METRICS if (figure := over_steps(datasets, metric)) is not None]
     if not figures:
         raise InputError("the runs share no metric over steps. Fix: compare runs of one kind, with more than one step.")
-    sections.append(Section("Over training", "Mean over the instances or heads of each run.", figures))
+    text = "Mean over the instances or heads of each run. Where lines lie on each other, what differs does not matter."
+    sections.append(Section("Over training", text, figures))
     commands = [f"python -m svf_lightning report {folder}" for folder in folders]
     sections.append(Section("Each run alone", commands=commands))
     write_page(out, "Comparison", " · ".join(runs), sections)
@@ -96,7 +98,9 @@ def over_steps(datasets: Mapping[str, xr.Dataset], metric: str) -> go.Figure | N
         values = dataset[metric].values.reshape(dataset.sizes["step"], -1).astype(float)
         time = Steps(dataset, "log")
         look = {"line_dash": _DASHES[i // len(_COLOURS) % len(_DASHES)], "connectgaps": True}
-        drawn = time.line(figure, mean_of_finite(values, 1), _COLOURS[i % len(_COLOURS)], name, width=2.5, **look)
+        drawn = time.line(
+            figure, mean_of_finite(values, 1), _COLOURS[i % len(_COLOURS)], as_text(name), width=2.5, **look
+        )
         n += drawn
         ends += time.axis["range"]
         axis = time.axis

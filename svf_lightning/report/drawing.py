@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -511,6 +512,11 @@ def draw_band(figure: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarra
         hoverinfo="skip",
         **options,
     )
+
+
+def as_text(words: object) -> str:
+    """Words that are not ours, such as a run's name, for plotly, which reads some of HTML's tags."""
+    return escape(str(words), quote=False)
 
 
 def value_axis(values: np.ndarray, *, named: bool) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from svf_lightning.report.drawing import (
     Steps,
     XAxis,
     antipodal_order,
+    as_text,
     axes_of,
     axis_name,
     can_provide,
@@ -830,13 +831,17 @@ def across_runs(
             found[name].append(read_last(datasets[label], name))
     sizes = [len(values) for values in found[names[0]]]
     at = np.repeat(positions, sizes)
-    hover = [f"instance {i} of run {label}" for label, n in zip(labels, sizes, strict=True) for i in range(n)]
+    hover = [f"instance {i} of run {as_text(label)}" for label, n in zip(labels, sizes, strict=True) for i in range(n)]
     figure, y_axis = final_values({name: (at, np.concatenate(found[name])) for name in names}, hover, means=True)
     axis = value_axis(positions, named=numeric)
     if not numeric:
         bar = {"symbol": "line-ew-open", "size": 28, "line": {"width": 3}}
         figure.update_traces(selector={"mode": "lines"}, mode="markers", marker=bar, hovertemplate="mean: %{y:.3f}")
-        axis = {"tickvals": positions, "ticktext": [str(label) for label in labels], "range": [-0.5, len(labels) - 0.5]}
+        axis = {
+            "tickvals": positions,
+            "ticktext": [as_text(label) for label in labels],
+            "range": [-0.5, len(labels) - 0.5],
+        }
     last = [int(datasets[label]["step"].values[-1]) for label in labels]
     steps = f"step {last[0]:,}" if len(set(last)) == 1 else f"last steps {min(last):,} to {max(last):,}"
     instances = f"{min(sizes):,}" if len(set(sizes)) == 1 else f"{min(sizes):,} to {max(sizes):,}"

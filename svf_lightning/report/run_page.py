@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,8 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     dataset = open_trajectory(run_dir)
-    summary = _json(run_dir / SUMMARY)
-    config = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")) if (run_dir / CONFIG).is_file() else {}
+    summary = _read(run_dir / SUMMARY, json.loads)
+    config = _read(run_dir / CONFIG, yaml.safe_load)
     replay = is_replay(run_dir)
     experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
     command = f"python -m svf_lightning {'replay' if replay else 'fit'} --config {run_dir / CONFIG}"
@@ -113,8 +113,8 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
 def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset) -> Section:

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.report.drawing import GREY, LABELS, count_of, final_values, finish, value_axis
+from svf_lightning.report.drawing import GREY, LABELS, as_text, count_of, final_values, finish, value_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,15 +62,19 @@ def along_axis(
     numeric = bool(np.isfinite(numbers).all())
     labels = sorted(set(values)) if numeric else list(dict.fromkeys(map(str, values)))
     at = numbers if numeric else np.array([labels.index(str(value)) for value in values], dtype=float)
-    hover = [
-        ", ".join(f"{name.rsplit('.', 1)[-1]} {row[name]}" for name in (axis, *others)) + f", trial {row['trial']}"
-        for row in done.to_dict("records")
-    ]
+    hover = []
+    for row in done.to_dict("records"):
+        settings = [f"{name.rsplit('.', 1)[-1]} {row[name]}" for name in (axis, *others)]
+        hover.append(as_text(", ".join([*settings, f"trial {row['trial']}"])))
     figure, y_axis = final_values({name: (at, done[name].to_numpy(float)) for name in names}, hover, means=True)
     ticks = np.unique(at)
     x_axis = value_axis(ticks, named=True)
     if not numeric:
-        x_axis = {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [-0.5, len(labels) - 0.5]}
+        x_axis = {
+            "tickvals": list(range(len(labels))),
+            "ticktext": list(map(as_text, labels)),
+            "range": [-0.5, len(labels) - 0.5],
+        }
     if rule is not None:
         figure.add_hline(
             y=rule,

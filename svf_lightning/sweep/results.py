@@ -223,11 +223,14 @@ def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float, pa
         titles = ["trial", "why"]
         sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
     if drawn:
-        sections.append(Section("Axes", "Final values along each parameter, as in the paper's Appendix A.", drawn))
+        text = "Final values along each parameter. Dots: trials. Where the line is flat, the setting does not matter."
+        sections.append(Section("Axes (Appendix A)", text, drawn))
     about = f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share"
     rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
     table_of_cells = Table([_title(name) for name in cells.columns], rows)
     sections.append(Section("Cells", f"{about} of them below {below:g}.", tables=[table_of_cells]))
+    one = f"python -m svf_lightning report {sweep.run_dir(sweep.trials[0]['id'])}"
+    sections.append(Section("Each trial alone", "The page of a trial, such as the first:", commands=[one]))
     write_page(path, f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
 
 

@@ -14,6 +14,35 @@ def in_browser(page, *expressions, dark=False, width=1440):
     return asyncio.run(_in_browser(page, expressions, dark, width))
 
 
+LOOKS = [(1440, False), (390, True)]  # a wide screen by day, a phone by night
+
+
+def assert_every_figure_is_drawn(page, *, width, dark, title=None):
+    """In the page's look, with data, without an error, and nothing wider than the screen. Returns how many there are."""
+    figures = "[...document.querySelectorAll('.js-plotly-plot')]"
+    values, errors = in_browser(
+        page,
+        f"{figures}.length",
+        f"{figures}.filter((figure) => !figure.querySelector('.trace, .heatmaplayer image, .hm')).map((f) => f.id)",
+        "document.querySelectorAll('[id^=figure-], .cell, #words-figure').length",
+        "document.title",
+        "getComputedStyle(document.body).backgroundColor",
+        f"{figures}.map((figure) => figure.layout.template.layout.paper_bgcolor)",
+        "document.documentElement.scrollWidth <= window.innerWidth",
+        dark=dark,
+        width=width,
+    )
+    n, empty, places, shown, background, papers, fits = values
+    assert errors == []
+    assert n == places > 0
+    assert empty == []
+    assert title is None or shown == title
+    assert background == ("rgb(22, 22, 22)" if dark else "rgb(255, 255, 255)")
+    assert set(papers) == {"#161616" if dark else "#FFFFFF"}
+    assert fits
+    return n
+
+
 async def _in_browser(page, expressions, dark, width):
     from choreographer import Browser
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from browser import in_browser, needs_browser
+from browser import assert_every_figure_is_drawn, in_browser, needs_browser
 
 from svf_lightning import cli
 from svf_lightning.errors import InputError
@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
 def test_lines_are_the_means_of_each_run_on_one_axis(runs):
     datasets = {run.name: open_trajectory(run) for run in runs}
     figure = over_steps(datasets, "alignment/matched")
-    assert [trace.name for trace in figure.data] == ["one", "<b>two"]
+    assert [trace.name for trace in figure.data] == ["one", "&lt;b&gt;two"]  # plotly shows <b>two
     for trace, dataset in zip(figure.data, datasets.values(), strict=True):
         np.testing.assert_allclose(trace.y, dataset["alignment/matched"].values.mean(1), rtol=1e-5)
     assert figure.layout.xaxis.range[1] == pytest.approx(np.log10(50))
@@ -58,10 +58,13 @@ def test_a_browser_draws_every_line(runs, tmp_path):
         page,
         "document.querySelectorAll('.js-plotly-plot').length",
         "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length",
+        "[...document.querySelectorAll('.legendtext')].slice(0, 2).map((text) => text.textContent)",
     )
     assert errors == []
     assert values[0] >= 4
     assert values[1] == 2 * values[0]
+    assert values[2] == ["one", "<b>two"]
+    assert assert_every_figure_is_drawn(page, width=390, dark=True) == values[0]
 
 
 @pytest.mark.parametrize("which", [[0], [0, 0]])

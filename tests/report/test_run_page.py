@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from browser import in_browser, needs_browser
+from browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
 
 from svf_lightning import cli
 from svf_lightning.errors import InputError
@@ -53,30 +53,9 @@ def test_the_page_needs_no_network_and_stays_small(page):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1440, 390])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
 def test_a_browser_draws_every_figure_without_an_error(page, dark, width):
-    figures = "[...document.querySelectorAll('.js-plotly-plot')]"
-    values, errors = in_browser(
-        page,
-        f"{figures}.length",
-        f"{figures}.filter((figure) => !figure.querySelector('.trace, .heatmaplayer image, .hm')).map((f) => f.id)",
-        "document.querySelectorAll('[id^=figure-]').length + document.querySelectorAll('.cell').length",
-        "document.title",
-        "getComputedStyle(document.body).backgroundColor",
-        f"{figures}.map((figure) => figure.layout.template.layout.paper_bgcolor)",
-        "document.documentElement.scrollWidth <= window.innerWidth",
-        dark=dark,
-        width=width,
-    )
-    n, empty, places, title, background, papers, fits = values
-    assert errors == []
-    assert n == places >= 8
-    assert empty == []
-    assert title == EVIL
-    assert background == ("rgb(22, 22, 22)" if dark else "rgb(255, 255, 255)")
-    assert set(papers) == {"#161616" if dark else "#FFFFFF"}
-    assert fits
+    assert assert_every_figure_is_drawn(page, width=width, dark=dark, title=EVIL) >= 8
 
 
 @needs_browser
@@ -106,11 +85,15 @@ def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
 
 @needs_browser
 def test_the_play_button_runs_to_the_end_and_stops(page):
-    wait = "new Promise((done) => setTimeout(() => done(document.getElementById('explorer-play').textContent), {}))"
+    wait = (
+        "new Promise((done) => { const button = document.getElementById('explorer-play'), end = Date.now() + 60000; "
+        "const look = () => button.textContent === 'Play' || Date.now() > end ? done(button.textContent) "
+        ": setTimeout(look, 100); look(); })"
+    )
     values, errors = in_browser(
         page,
         "document.getElementById('explorer-play').click(); document.getElementById('explorer-play').textContent",
-        wait.format(60 * 250),
+        wait,
         "document.getElementById('explorer-step').value === document.getElementById('explorer-step').max",
     )
     assert errors == []
