@@ -409,14 +409,23 @@ def draw_heat(
     ``numbers`` writes the value into each cell, as ``number_format`` says; ``signed`` are values to tell instead of
     those shown.
     """
-    shown = "%{z:.3f}" if signed is None else "%{customdata:.3f}"
+    told = values if signed is None else signed
+    if all(isinstance(label, (int, np.integer)) for label in (*rows, *columns)):
+        # numbers rather than a text for each cell, which for 100 features take a third of the room
+        labels = np.meshgrid(np.asarray(rows), np.asarray(columns), indexing="ij")
+        told = np.stack([*labels, told], axis=-1)
+        told_as = hover.format(row="%{customdata[0]}", column="%{customdata[1]}", value="%{customdata[2]:.3f}")
+        texts = None
+    else:
+        told_as = "%{text}%{customdata:.3f}"
+        texts = [[hover.format(row=row, column=column, value="") for column in columns] for row in rows]
     figure.add_heatmap(
-        z=values,
+        z=values.astype(np.float32),
         x=list(range(values.shape[1])),
         y=list(range(values.shape[0])),
-        customdata=signed,
-        text=[[hover.format(row=row, column=column, value="") for column in columns] for row in rows],
-        hovertemplate=f"%{{text}}{shown}<extra></extra>",
+        customdata=told.astype(np.float32),
+        text=texts,
+        hovertemplate=f"{told_as}<extra></extra>",
         coloraxis=coloraxis,
         **({"texttemplate": f"%{{z:{number_format}}}"} if numbers else {}),
         **axes_of(number),

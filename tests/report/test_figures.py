@@ -291,7 +291,9 @@ def test_fig_1a_cosines_and_dimensions(run, signed):
     order = [int(text) for text in figure.layout.xaxis.ticktext]
     gram = last(run, "gram", instance=1)
     np.testing.assert_allclose(unordered(heat.z, order), gram if signed else abs(gram))
-    np.testing.assert_allclose(unordered(heat.customdata, order), gram)
+    np.testing.assert_allclose(unordered(heat.customdata[..., 2], order), gram, rtol=1e-6)
+    np.testing.assert_array_equal(heat.customdata[..., 0], np.repeat(np.array(order)[:, None], N, axis=1))
+    np.testing.assert_array_equal(heat.customdata[..., 1], heat.customdata[..., 0].T)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1 if signed else 0, 1)
     np.testing.assert_array_equal(named(figure, "instance 1").y, last(run, "dimensionality", instance=1))
     others = named(figure, "other instances")
@@ -331,9 +333,10 @@ def test_fig_2_features_against_singular_vectors(run, name):
     figure = FIGURES[name].draw(run, instance=1)
     order = [*QUERY, *KEY, *(f for f in range(N) if f not in {*QUERY, *KEY})]
     left, right = traces(figure, "heatmap")
-    np.testing.assert_array_equal(left.z, last(run, "cosine_left", instance=1)[order])
-    np.testing.assert_array_equal(right.z, last(run, "cosine_right", instance=1)[order])
-    assert left.text[0][2].startswith("feature 4, u<sub>3</sub>")
+    np.testing.assert_allclose(left.z, last(run, "cosine_left", instance=1)[order], rtol=1e-6)
+    np.testing.assert_allclose(right.z, last(run, "cosine_right", instance=1)[order], rtol=1e-6)
+    np.testing.assert_array_equal(left.customdata[0, 2, :2], [4, 3])
+    assert left.hovertemplate.startswith("feature %{customdata[0]}, u<sub>%{customdata[1]}</sub>")
     assert figure.layout.xaxis.ticktext == tuple("1234567")
 
 
@@ -557,7 +560,7 @@ def test_head_shares_at_the_last_step_and_alignment_over_time():
     run = several_heads()
     figure = head_shares(run, instance=1)
     (heat,) = traces(figure, "heatmap")
-    np.testing.assert_array_equal(heat.z, last(run, "head/share", instance=1))
+    np.testing.assert_allclose(heat.z, last(run, "head/share", instance=1), rtol=1e-6)
     np.testing.assert_allclose(np.sum(heat.z, axis=0), 1)
     assert heat.text[2][1] == "head 2, pair 2 → 0<br>share "
     assert figure.layout.xaxis.ticktext == ("4 → 9", "2 → 0")

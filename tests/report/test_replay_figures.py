@@ -425,10 +425,11 @@ def test_heads_map_has_three_numbers_of_every_head_and_marks_those_of_the_task(r
     axes = [figure.layout[f"coloraxis{i}"] for i in ("", 2, 3)]
     for heat, axis, name in zip(maps, axes, ("sad/attention", "sad/sparseness", "sad/n_recon"), strict=True):
         values = run[name].values[-1]
-        np.testing.assert_array_equal(heat.z, values)
+        np.testing.assert_allclose(heat.z, values, rtol=1e-6)
         assert np.isnan(heat.z[NO_SCORE[0]][NO_SCORE[1]])
         assert axis.cmax == np.nanmax(values)
-        assert heat.text[4][2].startswith("layer 4, head 2<br>")
+        np.testing.assert_array_equal(heat.customdata[4, 2, :2], [4, 2])
+        assert heat.hovertemplate.startswith("layer %{customdata[0]}, head %{customdata[1]}<br>")
     assert [t.coloraxis for t in maps] == ["coloraxis", "coloraxis2", "coloraxis3"]
     assert [axis.cmin for axis in axes] == [0, 0, 1]
     circles = [t for t in figure.data if t.type == "scatter"]

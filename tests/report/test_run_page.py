@@ -12,7 +12,7 @@ from svf_lightning import cli
 from svf_lightning.errors import InputError
 from svf_lightning.report.command import report
 from svf_lightning.report.explorer import frames
-from svf_lightning.report.run_page import dynamics, write_run_page
+from svf_lightning.report.run_page import dynamics, figures_of, write_run_page
 from svf_lightning.trajectory import open_trajectory
 
 EVIL = "<script>document.title='broken'</script>"
@@ -81,6 +81,20 @@ def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
         expected = dataset["cosine_left"].isel(step=step, instance=instance).values
         np.testing.assert_allclose(np.array(json.loads(text)), expected, atol=0.5 / 127 + 1e-6)
     assert values[2] == values[4] == "step 0"
+
+
+@needs_browser
+def test_pointing_at_a_cell_tells_features_and_value(page, run_dir):
+    entries = list(figures_of(open_trajectory(run_dir), replay=False))
+    figure = f"figure-{1 + entries.index('fig_2a')}"  # after the dynamics
+    values, errors = in_browser(
+        page,
+        f"Plotly.Fx.hover('{figure}', {{xval: 2, yval: 0}}, ['xy']); "
+        f"[...document.querySelectorAll('#{figure} .hoverlayer text')].map((text) => text.textContent).join('')",
+    )
+    cosine = float(open_trajectory(run_dir)["cosine_left"].isel(step=-1, instance=0, feature=0, rank=2))
+    assert errors == []
+    assert values[0].replace("\u200b", "") == f"feature 0, u3|cosine| {cosine:.3f}"  # plotly puts marks about a subscript
 
 
 @needs_browser
