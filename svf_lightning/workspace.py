@@ -61,7 +61,7 @@ SECTIONS: dict[str, tuple[Lines, ...]] = {
     ),
 }
 MEDIA = {
-    "Figures (toy)": ("figures/dynamics", "figures/fig_1b", "figures/fig_2a", "figures/fig_2b"),
+    "Figures (toy)": ("figures/dynamics", "figures/fig_1b", "figures/fig_2a", "figures/fig_2b", "figures/fig_4"),
     "Figures (replay)": ("figures/fig_7b", "figures/fig_7a", "figures/fig_8", "figures/fig_9", "figures/heads_map"),
 }
 TABLES = ("tables/claims", "tables/pairs", "tables/instances", "tables/heads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,9 @@ def over_steps(datasets: Mapping[str, xr.Dataset], metric: str) -> go.Figure | N
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the runs apart, from the ends of their paths."""
-    for n in range(1, 1 + max(len(folder.resolve().parts) for folder in folders)):
+    """The shortest names that tell the runs apart, from the ends of their paths; a run id says nothing alone."""
+    ids = any(re.fullmatch(r"\d{8}-\d{6}-.*", folder.resolve().name) for folder in folders)
+    for n in range(2 if ids else 1, 1 + max(len(folder.resolve().parts) for folder in folders)):
         names = ["/".join(folder.resolve().parts[-n:]) for folder in folders]
         if len(set(names)) == len(names):
             return names

@@ -27,6 +27,7 @@ Span = tuple[float, float]
 MAX_POINTS = 600  # per line; more cannot be seen
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 GREY = "#8C8C8C"  # readable on white and on black
+BROWN = "#9C6B1F"  # the same; with the seven above the eighth that the colour-blind tell apart by its darkness
 SIGMA, TIMES, LAMBDA = "\u03c3", "\u00d7", "\u03bb"
 
 LINE_SCALE = sample_colorscale("Cividis", np.linspace(0.05, 0.85, 9))  # its yellow end is too pale for a thin line
@@ -302,15 +303,18 @@ class Groups(NamedTuple):
         if len(self.order) <= 24:
             text = [f"<b>query {f}</b>" for f in self.query] + [f"<b>key {f}</b>" for f in self.key]
             return ticks_at(range(len(self.order)), [*text, *map(str, self.rest)], tickfont={"size": 11})
-        ends = np.cumsum([len(part) for part in self])
-        named = zip(self, ends, ("<b>query</b>", "<b>key</b>", "other"), strict=True)
+        parts, names = tuple(self), ("<b>query</b>", "<b>key</b>", "other")
+        if min(map(len, parts[:2])) < len(self.order) / 25:  # too close to have a label each
+            parts, names = (self.attended, self.rest), ("<b>attended</b>", "other")
+        ends = np.cumsum([len(part) for part in parts])
+        named = zip(parts, ends, names, strict=True)
         middles = [(float(end) - len(part) / 2 - 0.5, text) for part, end, text in named if part]
         return ticks_at([at for at, _ in middles], [text for _, text in middles])
 
     def columns(self) -> dict[str, Any]:
         """Tick labels for narrow columns in the order of the rows: attended features only."""
         n = len(self.attended)
-        if n <= 4:
+        if n <= 4 and len(self.order) <= 40:
             return ticks_at(range(n), [f"<b>{f}</b>" for f in self.attended], tickangle=0)
         return ticks_at([(n - 1) / 2], ["<b>attended</b>"], tickangle=0)
 

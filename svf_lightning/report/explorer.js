@@ -17,10 +17,11 @@
       return value === -128 ? null : value / 127;
     }));
   };
-  const few = data.attended.length <= 6; // else their names would lie over each other
+  const few = data.attended.length <= 6;
   const names = Array.from({length: N}, (_, i) => data.attended.includes(i) ? `<b>${i}</b>` : `${i}`);
   const ticks = (n, text) => {
-    const every = Math.ceil(n / 10), at = [...Array(n).keys()].filter((k) => k % every === 0 || text && few && data.attended.includes(k));
+    const every = Math.ceil(n / 10), named = text && few && n <= 40; // else names would lie over each other
+    const at = [...Array(n).keys()].filter((k) => k % every === 0 || named && data.attended.includes(k));
     return {tickvals: at, ticktext: at.map((k) => text ? names[k] : k + 1)};
   };
   const heat = (id, title, across, signed, columns) => Plotly.newPlot("explorer-" + id, [{
@@ -48,8 +49,8 @@
   ], {
     template: pageLook(), height: 340, margin: {l: 50, r: 10, t: 40, b: 45},
     title: {text: data.pair ? "features in the plane of the attended pair" : "features", font: {size: 14}},
-    xaxis: {title: {text: plane[0]}, range: [-1.15, 1.15], zeroline: true},
-    yaxis: {title: {text: plane[1]}, range: [-1.15, 1.15], zeroline: true, scaleanchor: "x"},
+    xaxis: {title: {text: plane[0]}, range: [-1.3, 1.3], zeroline: true},
+    yaxis: {title: {text: plane[1]}, range: [-1.3, 1.3], zeroline: true, scaleanchor: "x"},
   }, still);
   drawn.push("gram", "plane");
 

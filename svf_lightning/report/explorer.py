@@ -33,7 +33,9 @@ def time_slider(dataset: xr.Dataset) -> Widget | None:
     n, of = len(data["instances"]), data["n_instances"]
     picker = "".join(f'<option value="{i}">{i}</option>' for i in range(n))
     note = f" (the first {n} of {of})" if n < of else ""
-    choice = f'<label>instance{note} <select id="explorer-instance">{picker}</select></label>' if of > 1 else ""
+    choice = f'<label>instance{note} <select id="explorer-instance">{picker}</select></label>' if n > 1 else ""
+    if n == 1 < of:
+        choice = f"<span>instance 0 of {of}</span>"
     last = len(data["steps"]) - 1
     names = [*(("left", "right") if data["rank"] else ()), "gram", "plane"]
     html = (

@@ -43,6 +43,8 @@ figure { margin: 1rem 0 0; min-width: 0; }
 .controls input[type="range"] { flex: 1; min-width: 8rem; }
 button, select { font: inherit; color: var(--text); background: var(--mark); border: 1px solid var(--soft);
   border-radius: .3rem; padding: .2rem .7rem; }
+button[aria-pressed="true"] { border-width: 2px; font-weight: bold; }
+:focus-visible { outline: 3px solid #56B4E9; outline-offset: 2px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem; }
 .cell { min-width: 0; height: 340px; }
 .word { background: color-mix(in srgb, #0072B2 var(--weight), transparent); border-radius: .2rem; }
@@ -58,10 +60,16 @@ const pageData = JSON.parse(document.getElementById("figures").textContent);
 const pageDark = window.matchMedia("(prefers-color-scheme: dark)");
 const pageLook = () => pageData.templates[pageDark.matches ? "dark" : "light"];
 const pageOptions = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
-if (window.innerWidth < 700) pageOptions.displayModeBar = false;
+pageOptions.displayModeBar = window.innerWidth < 700 ? false : "hover"; // else it lies on the titles of colour bars
 for (const [id, figure] of Object.entries(pageData.figures)) {
   figure.layout.template = pageLook();
   Plotly.newPlot(id, figure.data, figure.layout, pageOptions);
+}
+for (const button of document.querySelectorAll("button[data-figure]")) {
+  button.addEventListener("click", () => {
+    Plotly.relayout(button.dataset.figure, JSON.parse(button.dataset.change));
+    for (const other of button.parentElement.children) other.setAttribute("aria-pressed", String(other === button));
+  });
 }
 pageDark.addEventListener("change", () => {
   for (const id of Object.keys(pageData.figures)) Plotly.relayout(id, {template: pageLook()});
@@ -141,9 +149,10 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
             name = f"figure-{len(figures)}"
             figures[name], heading, caption = _plain(figure)
             height = figures[name]["layout"]["height"]
+            buttons = _buttons(name, figures[name]["layout"].pop("updatemenus", []))
             body.append(
                 f"<figure><figcaption><strong>{_words(heading)}</strong><br>{_words(caption)}</figcaption>"
-                f'<div class="wide"><div id="{name}" role="img" aria-label="{escape(heading)}" '
+                f'{buttons}<div class="wide"><div id="{name}" role="img" aria-label="{escape(heading)}" '
                 f'style="height:{height}px{_least_width(figure)}"></div></div></figure>'
             )
         if (widget := section.widget) is not None:
@@ -187,9 +196,21 @@ def _plain(figure: go.Figure) -> tuple[dict[str, Any], str, str]:
     return found, title.get("text", ""), title.get("subtitle", {}).get("text", "")
 
 
+def _buttons(name: str, menus: Sequence[dict[str, Any]]) -> str:
+    """Buttons of a figure as those of the page: plotly's know neither the keyboard nor the dark."""
+    found = "".join(
+        f'<button type="button" data-figure="{name}" data-change="{escape(json.dumps(button["args"][0]))}" '
+        f'aria-pressed="{"false" if i else "true"}">{escape(button["label"])}</button>'
+        for menu in menus
+        for i, button in enumerate(menu["buttons"])
+    )
+    return f'<div class="controls">{found}</div>' if found else ""
+
+
 def _least_width(figure: go.Figure) -> str:
     """Panels side by side need room; on a phone they are scrolled."""
-    return ";min-width:720px" if len(list(figure.select_xaxes())) > 1 else ""
+    beside = {(axis.domain or (0, 1))[0] for axis in figure.select_xaxes()}
+    return ";min-width:720px" if len(beside) > 1 else ""
 
 
 def _words(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ import yaml
 from svf_lightning.errors import InputError
 from svf_lightning.report.drawing import (
     BLUE,
+    BROWN,
     GREEN,
+    GREY,
     LABELS,
     ORANGE,
     PURPLE,
@@ -45,7 +47,7 @@ REPORT = "report.html"
 _INSTANCES_EACH = 64  # lines of a panel; more cannot be told apart
 _POINTS_EACH = 150  # of an instance's thin line
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
-    ("loss", "log", (("loss/recon", "reconstruction loss", BLUE), ("loss/attn", "attention loss (nats)", VERMILLION))),
+    ("loss", "log", (("loss/recon", "reconstruction loss", GREY), ("loss/attn", "attention loss (nats)", BROWN))),
     (
         f"{SIGMA}<sub>k</sub> (nats)",
         "linear",
@@ -97,20 +99,28 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
             if slider.data["rank"]:
                 text = f"An attended feature is aligned when one singular vector points along it alone. {text}"
             sections.append(Section("Through training (Figs. 1 and 2)", text, widget=slider))
-    for entry, figure in figures_of(dataset, replay=replay).values():
+    for name, (entry, figure) in figures_of(dataset, replay=replay).items():
         sections.append(Section(f"{entry.description} ({entry.paper})", entry.see, [figure]))
-    if replay and (picker := head_picker(dataset)) is not None:
-        text = (
-            "Words are shaded by the attention that the query (dashed) gives them; the key (outlined) is the word that "
-            "the task attends to. Bars: score of each word relative to the mean of the others, taken apart over the "
-            "singular pairs that matter most for the key. In a sparse head one or two of them lift it above the rest."
-        )
-        sections.append(Section("One head over the words of a prompt (Fig. 7)", text, widget=picker))
+        if name == "fig_7a":  # of one head over all prompts; now of one prompt
+            sections += _words(dataset)
     sections.append(_settings(config, summary, command))
     path = Path(out) if out else run_dir / REPORT
     about = [f"run {run_dir.name}", "replay of a language model" if replay else "toy model"]
     write_page(path, experiment, " · ".join(about), sections)
     return path
+
+
+def _words(dataset: xr.Dataset) -> list[Section]:
+    """The head picker, if the run kept the words of prompts."""
+    picker = head_picker(dataset)
+    if picker is None:
+        return []
+    text = (
+        "Words are shaded by the attention that the query (dashed) gives them; the key (outlined) is the word that "
+        "the task attends to. Bars: score of each word relative to the mean of the others, taken apart over the "
+        "singular pairs that matter most for the key. In a sparse head one or two of them lift it above the rest."
+    )
+    return [Section("One head over the words of a prompt (Fig. 7a)", text, widget=picker)]
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -155,16 +165,30 @@ def _settings(config: Mapping[str, Any], summary: Mapping[str, Any], command: st
     return Section("Settings", "The same run again:", tables=tables, commands=[command])
 
 
+def _left_out(dataset: xr.Dataset) -> list[str]:
+    """Figures of the toy model that tell nothing here, or what another one tells."""
+    names = ["fig_3", "spectrum_over_time"]  # the panels over steps show it
+    if "U" in dataset:
+        names.append("fig_1a")  # Fig. 1b shows it with the head that the run has
+    if dataset.sizes.get("pair", 0) < 2:
+        names += ["fig_2b", "alignment_over_time", "pair_map"]
+    else:
+        names.append("fig_2a")  # Fig. 2b shows the same and more
+    if "theory/predicted_cosine" not in dataset:
+        names.append("fig_4")
+    return names
+
+
 def figures_of(dataset: xr.Dataset, *, replay: bool) -> dict[str, tuple[Entry, go.Figure]]:
-    """All figures that a run has the data for, by name, without what :func:`dynamics` shows.
+    """All figures that a run has the data for and that say something of it, by name, beside :func:`dynamics`.
 
     Args:
         dataset: A trajectory.
         replay: It is one of a language model.
     """
     entries = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
-    for shown in () if replay else ("fig_3", "spectrum_over_time", *(["fig_1a"] if "U" in dataset else [])):
-        del entries[shown]  # the panels over steps show it, or Fig. 1b does with the head that the run has
+    for name in () if replay else _left_out(dataset):
+        del entries[name]
     found = {}
     for name, entry in entries.items():
         log = {"x_axis": "log"} if "x_axis" in inspect.signature(entry.draw).parameters else {}
@@ -199,6 +223,8 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
         top = 1 - number * height
         domain = [max(0.0, top - height + (gap if number < len(panels) - 1 else 0)), top]
         layout[f"yaxis{number + 1 if number else ''}"] = {"title": {"text": title}, "type": scale, "domain": domain}
+        if scale == "log" and _spans_decades(dataset, lines):
+            layout[f"yaxis{number + 1 if number else ''}"]["dtick"] = 1
         if title == "|cosine|":
             layout[f"yaxis{number + 1 if number else ''}"]["range"] = [0, 1.03]
         for name, label, colour in lines:
@@ -226,14 +252,15 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
         },
         hovermode="x",
         hoversubplots="axis",
-        updatemenus=[
-            {
-                "type": "buttons", "direction": "right", "buttons": buttons, "showactive": True,
-                "x": 1, "xanchor": "right", "y": 0, "yanchor": "top", "pad": {"t": 45},
-            }
-        ],
+        updatemenus=[{"type": "buttons", "buttons": buttons, "direction": "right", "x": 1, "y": 0, "pad": {"t": 45}}],
         **layout,
     )  # fmt: skip
+
+
+def _spans_decades(dataset: xr.Dataset, lines: Iterable[tuple[str, str, str]]) -> bool:
+    values = np.concatenate([dataset[name].values.ravel() for name, _, _ in lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    return values.size > 0 and bool(values.max() > 20 * values.min())
 
 
 def _thin_lines(figure: go.Figure, time: Steps, values: np.ndarray, colour: str, name: str, axis: str) -> None:

@@ -84,6 +84,19 @@ def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
 
 
 @needs_browser
+def test_the_axis_of_steps_is_logarithmic_or_linear_at_the_push_of_a_button(page):
+    look = "JSON.stringify([document.getElementById('figure-0').layout.xaxis.type, [...document.querySelectorAll("
+    look += "'button[data-figure]')].map((button) => button.getAttribute('aria-pressed'))])"
+    push = "document.querySelectorAll('button[data-figure]')[{}].click()"
+    values, errors = in_browser(page, look, push.format(1), look, push.format(0), look)
+    assert errors == []
+    first, _, second, _, third = values
+    assert json.loads(second) == ["linear", ["false", "true"]]
+    assert json.loads(third) == ["log", ["true", "false"]]
+    assert json.loads(first)[1] == ["true", "false"]
+
+
+@needs_browser
 def test_pointing_at_a_cell_tells_features_and_value(page, run_dir):
     entries = list(figures_of(open_trajectory(run_dir), replay=False))
     figure = f"figure-{1 + entries.index('fig_2a')}"  # after the dynamics
@@ -94,7 +107,9 @@ def test_pointing_at_a_cell_tells_features_and_value(page, run_dir):
     )
     cosine = float(open_trajectory(run_dir)["cosine_left"].isel(step=-1, instance=0, feature=0, rank=2))
     assert errors == []
-    assert values[0].replace("\u200b", "") == f"feature 0, u3|cosine| {cosine:.3f}"  # plotly puts marks about a subscript
+    assert (
+        values[0].replace("\u200b", "") == f"feature 0, u3|cosine| {cosine:.3f}"
+    )  # plotly puts marks about a subscript
 
 
 @needs_browser
