@@ -303,11 +303,11 @@ class Groups(NamedTuple):
         if len(self.order) <= 24:
             text = [f"<b>query {f}</b>" for f in self.query] + [f"<b>key {f}</b>" for f in self.key]
             return ticks_at(range(len(self.order)), [*text, *map(str, self.rest)], tickfont={"size": 11})
-        parts, names = tuple(self), ("<b>query</b>", "<b>key</b>", "other")
-        if min(map(len, parts[:2])) < len(self.order) / 25:  # too close to have a label each
-            parts, names = (self.attended, self.rest), ("<b>attended</b>", "other")
-        ends = np.cumsum([len(part) for part in parts])
-        named = zip(parts, ends, names, strict=True)
+        parts = {"<b>query</b>": self.query, "<b>key</b>": self.key, "other": self.rest}
+        if min(len(self.query), len(self.key)) < len(self.order) / 25:  # too close to have a label each
+            parts = {"<b>attended</b>": self.attended, "other": self.rest}
+        ends = np.cumsum([len(part) for part in parts.values()])
+        named = zip(parts.values(), ends, parts, strict=True)
         middles = [(float(end) - len(part) / 2 - 0.5, text) for part, end, text in named if part]
         return ticks_at([at for at, _ in middles], [text for _, text in middles])
 

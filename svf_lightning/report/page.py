@@ -60,7 +60,7 @@ const pageData = JSON.parse(document.getElementById("figures").textContent);
 const pageDark = window.matchMedia("(prefers-color-scheme: dark)");
 const pageLook = () => pageData.templates[pageDark.matches ? "dark" : "light"];
 const pageOptions = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
-pageOptions.displayModeBar = window.innerWidth < 700 ? false : "hover"; // else it lies on the titles of colour bars
+pageOptions.displayModeBar = window.matchMedia("(hover: none)").matches ? false : "hover"; // it lies on colour bars
 for (const [id, figure] of Object.entries(pageData.figures)) {
   figure.layout.template = pageLook();
   Plotly.newPlot(id, figure.data, figure.layout, pageOptions);
