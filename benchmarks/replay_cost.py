@@ -40,7 +40,7 @@ def forward_alone(n_prompts: int, batch_size: int) -> dict[str, float]:
 
 def whole_replay(n_prompts: int, batch_size: int) -> dict[str, float]:
     """The replay as the command runs it, from the first checkpoint's load to the stored row."""
-    from svf_lightning.callbacks import AttentionSparsity, Capture, SVDAlignment, TrajectoryWriter
+    from svf_lightning.callbacks import AttentionOverWords, AttentionSparsity, Capture, SVDAlignment, TrajectoryWriter
     from svf_lightning.replay import CheckpointReplay, GGUFCheckpoint, HeadSpace, ReplayData
     from svf_lightning.replay.bridge import make_bridge
     from svf_lightning.replay.trainer import ReplayTrainer
@@ -76,6 +76,7 @@ def whole_replay(n_prompts: int, batch_size: int) -> dict[str, float]:
                 Capture(chunk=1),
                 SVDAlignment(keep_vectors=False),
                 AttentionSparsity(),
+                AttentionOverWords(),
                 TrajectoryWriter(add=True),
             ],
         )

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import Command, run_dir_of
 
+from svf_lightning.report.run_page import write_run_page
 from svf_lightning.trajectory import open_trajectory
 
 QUICK = ("--trainer.max_steps=40", "--data.batch_size=16", "--model.n_instances=2")
@@ -126,6 +127,8 @@ LONG = ("--trainer.max_steps=100000", "--data.batch_size=16", "--model.n_instanc
 def test_ctrl_c_keeps_the_rows_and_writes_the_summary(command):
     process = command.start("fit", *LONG)
     run_dir = wait_for_rows(process, command.folder, 500)
+    page = write_run_page(run_dir, command.folder / "meanwhile.html").read_text()  # while the run goes on
+    assert "The run has not ended, or was killed" in page
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -37,13 +37,14 @@ def time_slider(dataset: xr.Dataset) -> Widget | None:
     if n == 1 < of:
         choice = f"<span>instance 0 of {of}</span>"
     last = len(data["steps"]) - 1
-    names = [*(("left", "right") if data["rank"] else ()), "gram", "plane"]
+    sides = {"left": "Cosines with left singular vectors", "right": "Cosines with right singular vectors"}
+    cells = {**(sides if data["rank"] else {}), "gram": "Gram matrix of the features", "plane": "Features in a plane"}
     html = (
         '<div class="controls"><button type="button" id="explorer-play" aria-pressed="false">Play</button>'
         f'<label class="grow">training step <input type="range" id="explorer-step" min="0" max="{last}" value="{last}">'
         f'</label>{choice}</div><p id="explorer-now" role="status"></p>'
         '<div class="controls" id="explorer-marks"></div><div class="grid">'
-        + "".join(f'<div id="explorer-{name}" class="cell"></div>' for name in names)
+        + "".join(f'<div id="explorer-{k}" class="cell" role="img" aria-label="{v}"></div>' for k, v in cells.items())
         + "</div>"
     )
     return Widget("explorer", html, data)

@@ -141,7 +141,8 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     scripts = [_SCRIPT]
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
     for section in sections:
-        body.append(f"<section><h2>{escape(section.title)}</h2>")
+        number = sum(part.startswith("<section") for part in body)
+        body.append(f'<section aria-labelledby="part-{number}"><h2 id="part-{number}">{escape(section.title)}</h2>')
         if section.text:
             body.append(f"<p>{escape(section.text)}</p>")
         body += [f"<p><code>{escape(command)}</code></p>" for command in section.commands]
@@ -227,4 +228,4 @@ def _table(table: Table) -> str:
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
         for row in table.rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+import torch
 import yaml
 
 from svf_lightning.errors import InputError
+from svf_lightning.metrics import time_of_change
 from svf_lightning.report.drawing import (
     BLUE,
     BROWN,
@@ -46,6 +48,10 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 _INSTANCES_EACH = 64  # lines of a panel; more cannot be told apart
 _POINTS_EACH = 150  # of an instance's thin line
+_MOMENTS = (
+    ("alignment/matched", "alignment", BLUE),
+    ("orthogonality/attended_vs_rest", "orthogonality", VERMILLION),
+)
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("loss", "log", (("loss/recon", "reconstruction loss", GREY), ("loss/attn", "attention loss (nats)", BROWN))),
     (
@@ -233,6 +239,13 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
             mean = mean_of_finite(values, 1)
             options = {"legendgroup": name, "yaxis": axis, "hover": LABELS.get(name, label), "connectgaps": True}
             time.line(figure, mean, colour, label, width=2.5, **options)
+    moments = []
+    for name, word, colour in _MOMENTS:
+        at = _median_change(dataset, name)
+        if at is not None:
+            ends = {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
+            figure.add_shape(type="line", **ends, line={"dash": "dot", "width": 1.5, "color": colour})
+            moments.append(f"{word} {at:,.0f}")
     log = {"xaxis.type": "log", "xaxis.tickmode": "array", "xaxis.title.text": "training step (log scale)"}
     linear = {"xaxis.type": "linear", "xaxis.tickmode": "auto", "xaxis.title.text": "training step"}
     buttons = [
@@ -241,10 +254,11 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
     ]
     n = dataset.sizes["instance"]
     thin = f"; thin: {'each' if n <= _INSTANCES_EACH else f'{_INSTANCES_EACH} of them'}" if n > 1 else ""
+    dotted = f"; dotted: median step of change ({', '.join(moments)})" if moments else ""
     return finish(
         figure,
         "Losses, singular values, alignment and orthogonality",
-        subtitle_of(dataset, f"thick: mean over instances{thin}"),
+        subtitle_of(dataset, f"thick: mean over instances{thin}{dotted}"),
         height=190 * len(panels) + 150,
         xaxis={
             **time.axis, "anchor": f"y{len(panels) if len(panels) > 1 else ''}", "showspikes": True,
@@ -255,6 +269,16 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
         updatemenus=[{"type": "buttons", "buttons": buttons, "direction": "right", "x": 1, "y": 0, "pad": {"t": 45}}],
         **layout,
     )  # fmt: skip
+
+
+def _median_change(dataset: xr.Dataset, name: str) -> float | None:
+    """When a metric has covered most of its way [training steps], in the median of the instances that change."""
+    if name not in dataset or dataset[name].dims != ("step", "instance"):
+        return None
+    steps = torch.from_numpy(np.asarray(dataset["step"].values).copy())
+    times = time_of_change(torch.from_numpy(read(dataset, name, "step", "instance").copy()), steps)
+    times = times[times.isfinite()]
+    return float(np.median(times.numpy())) if len(times) else None
 
 
 def _spans_decades(dataset: xr.Dataset, lines: Iterable[tuple[str, str, str]]) -> bool:

@@ -10,10 +10,16 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
 def in_browser(page, *expressions, dark=False, width=1440):
-    """Values of JavaScript expressions in a page, one after the other, and the page's errors."""
+    """Values of JavaScript expressions in a page, one after the other, and the page's errors.
+
+    ("key", NAME) in place of an expression presses a key.
+    """
     return asyncio.run(_in_browser(page, expressions, dark, width))
 
 
+_NAMELESS = """[...document.querySelectorAll("button, input, select, [role=img], section")].filter((part) => !(
+  part.getAttribute("aria-label") || part.textContent.trim() && part.tagName === "BUTTON" || part.labels?.length ||
+  document.getElementById(part.getAttribute("aria-labelledby"))?.textContent.trim())).map((part) => part.outerHTML)"""
 LOOKS = [(1440, False), (390, True)]  # a wide screen by day, a phone by night
 
 
@@ -29,10 +35,11 @@ def assert_every_figure_is_drawn(page, *, width, dark, title=None):
         "getComputedStyle(document.body).backgroundColor",
         f"{figures}.map((figure) => figure.layout.template.layout.paper_bgcolor)",
         "document.documentElement.scrollWidth <= window.innerWidth",
+        _NAMELESS,
         dark=dark,
         width=width,
     )
-    n, empty, places, shown, background, papers, fits = values
+    n, empty, places, shown, background, papers, fits, nameless = values
     assert errors == []
     assert n == places > 0
     assert empty == []
@@ -40,6 +47,7 @@ def assert_every_figure_is_drawn(page, *, width, dark, title=None):
     assert background == ("rgb(22, 22, 22)" if dark else "rgb(255, 255, 255)")
     assert set(papers) == {"#161616" if dark else "#FFFFFF"}
     assert fits
+    assert nameless == []
     return n
 
 
@@ -74,5 +82,15 @@ async def _in_browser(page, expressions, dark, width):
                 break
             await asyncio.sleep(0.1)
         await value("new Promise((done) => setTimeout(done, 500))")  # plotly draws
-        values = [await value(expression) for expression in expressions]
+
+        async def done(expression):
+            if isinstance(expression, str):
+                return await value(expression)
+            key = expression[1]
+            code = {"Home": 36, "ArrowRight": 39}[key]
+            for kind in ("keyDown", "keyUp"):
+                await send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            return None
+
+        values = [await done(expression) for expression in expressions]
         return values, await value("pageErrors")

@@ -97,6 +97,25 @@ def test_the_axis_of_steps_is_logarithmic_or_linear_at_the_push_of_a_button(page
 
 
 @needs_browser
+def test_the_slider_follows_the_keyboard_and_says_where_it_stands(page):
+    values, errors = in_browser(
+        page,
+        "(() => { const slider = document.getElementById('explorer-step'); slider.focus(); return slider.value; })()",
+        "document.activeElement.id",
+        ("key", "Home"),
+        "document.getElementById('explorer-step').getAttribute('aria-valuetext')",
+        ("key", "ArrowRight"),
+        "document.getElementById('explorer-step').value",
+        "document.getElementById('explorer-now').textContent",
+    )
+    assert errors == []
+    assert values[1] == "explorer-step"
+    assert values[3] == "step 0"
+    assert values[5] == "1"
+    assert values[6].startswith("step 1")
+
+
+@needs_browser
 def test_pointing_at_a_cell_tells_features_and_value(page, run_dir):
     entries = list(figures_of(open_trajectory(run_dir), replay=False))
     figure = f"figure-{1 + entries.index('fig_2a')}"  # after the dynamics
@@ -156,6 +175,15 @@ def test_dynamics_show_the_mean_and_every_instance_on_one_axis(run_dir):
     assert {trace.xaxis for trace in figure.data} == {None}  # one x axis for all panels
     thin = [trace for trace in figure.data if trace.line.width == 0.8 and trace.legendgroup == "alignment/matched"]
     assert np.isnan(np.array(thin[0].y, dtype=float)).sum() == 3  # a gap after each instance
+
+
+def test_dynamics_mark_when_the_median_instance_has_changed(run_dir):
+    dataset = open_trajectory(run_dir)
+    figure = dynamics(dataset)
+    moments = json.loads((run_dir / "summary.json").read_text())["metrics"]
+    expected = [float(np.median(moments[f"dynamics/{name}"]["per_instance"])) for name in ("t_align", "t_ortho")]
+    assert [shape.x0 for shape in figure.layout.shapes] == expected
+    assert f"alignment {expected[0]:,.0f}, orthogonality {expected[1]:,.0f}" in figure.layout.title.subtitle.text
 
 
 def test_the_page_of_a_killed_run_says_so(run_dir, tmp_path):
