@@ -50,7 +50,8 @@ button[aria-pressed="true"] { border-width: 2px; font-weight: bold; }
 .word { background: color-mix(in srgb, #0072B2 var(--weight), transparent); border-radius: .2rem; }
 .word.key { outline: 2px solid #D55E00; outline-offset: 1px; }
 .word.query { outline: 2px dashed var(--soft); outline-offset: 1px; }
-#words-text { line-height: 2; }
+.word.key, .word.query { margin: 0 .2rem; }
+#words-text { line-height: 2; max-width: none; }
 details { margin-top: .5rem; }
 summary { cursor: pointer; }
 figcaption { color: var(--soft); font-size: .9rem; }

@@ -76,14 +76,14 @@ def along_axis(
             "range": [-0.5, len(labels) - 0.5],
         }
     if rule is not None:
-        figure.add_hline(
-            y=rule,
-            line={"color": GREY, "dash": "dot"},
-            annotation_text=f"rule: {rule:g}",
-            annotation_position="bottom left",
-        )
+        figure.add_hline(y=rule, line={"color": GREY, "dash": "dot"})
     further = f"over {', '.join(name.rsplit('.', 1)[-1] for name in others)} and seeds" if others else ""
-    parts = [count_of(len(done), "trial"), "dots: trials; line: their mean", further]
+    parts = [
+        count_of(len(done), "trial"),
+        "dots: trials; line: their mean",
+        further,
+        f"dotted: {rule:g}" if rule is not None else "",
+    ]
     name = _AXES.get(axis, axis.rsplit(".", 1)[-1])
     return finish(
         figure,
