@@ -31,7 +31,8 @@ def media(run_dir: Path) -> tuple[dict[str, Any], int]:
     """
     import wandb
 
-    from svf_lightning.report.run_page import dynamics, figures_of
+    from svf_lightning.report.dynamics import dynamics
+    from svf_lightning.report.run_page import figures_of
 
     dataset, replay = open_trajectory(run_dir), is_replay(run_dir)
     figures = {name: figure for name, (_, figure) in figures_of(dataset, replay=replay).items()}

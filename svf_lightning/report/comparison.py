@@ -27,18 +27,27 @@ from svf_lightning.report.drawing import (
     mean_of_finite,
 )
 from svf_lightning.report.page import Section, Table, write_page
-from svf_lightning.run_dir import CONFIG, SUMMARY
+from svf_lightning.report.run_page import figures_of
+from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
 from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
 
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_METRICS = (
-    "loss/total", "alignment/matched", "orthogonality/attended_vs_rest", "spectrum/sigma_ratio", "sad/sparseness",
-    "sad/task/sparseness", "sad/task/sparseness_shared_rotation", "sad/accuracy", "sad/logit_difference",
-)  # fmt: skip
+_DASHES = ("solid", "dash", "dot", "dashdot")  # a line shows through another that lies on it
+_METRICS = {  # and their units
+    "loss/total": "loss",
+    "alignment/matched": "|cosine|",
+    "orthogonality/attended_vs_rest": "|cosine|",
+    "spectrum/sigma_ratio": "ratio",
+    "sad/sparseness": "S(v)",
+    "sad/task/sparseness": "S(v)",
+    "sad/task/sparseness_shared_rotation": "S(v)",
+    "sad/accuracy": "share of prompts",
+    "sad/logit_difference": "nats",
+}
+_LAST = ("fig_1b", "fig_2a", "fig_2b", "fig_7a", "heads_map")
 _NO_SETTINGS = ("trainer.callbacks", "trainer.logger", "experiment.claims")
 
 
@@ -74,10 +83,26 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparis
         raise InputError("the runs share no metric over steps. Fix: compare runs of one kind, with more than one step.")
     text = "Mean over the instances or heads of each run. Where lines lie on each other, what differs does not matter."
     sections.append(Section("Over training", text, figures))
+    sections += _side_by_side(runs, datasets)
     commands = [f"python -m svf_lightning report {folder}" for folder in folders]
     sections.append(Section("Each run alone", commands=commands))
     write_page(out, "Comparison", " · ".join(runs), sections)
     return Path(out)
+
+
+def _side_by_side(runs: Mapping[str, Path], datasets: Mapping[str, xr.Dataset]) -> list[Section]:
+    """The figures of the last step that tell most, of every run that has them."""
+    sections = []
+    for name in _LAST:
+        figures = []
+        for run, dataset in datasets.items():
+            found = figures_of(dataset, replay=is_replay(runs[run])).get(name)
+            if found is not None:
+                entry, figure = found
+                figures.append(figure.update_layout(title_text=f"{run}: {figure.layout.title.text}"))
+        if len(figures) > 1:
+            sections.append(Section(f"{entry.description} ({entry.paper})", entry.see, figures))
+    return sections
 
 
 def over_steps(datasets: Mapping[str, xr.Dataset], metric: str) -> go.Figure | None:
@@ -98,7 +123,7 @@ def over_steps(datasets: Mapping[str, xr.Dataset], metric: str) -> go.Figure | N
             continue
         values = dataset[metric].values.reshape(dataset.sizes["step"], -1).astype(float)
         time = Steps(dataset, "log")
-        look = {"line_dash": _DASHES[i // len(_COLOURS) % len(_DASHES)], "connectgaps": True}
+        look = {"line_dash": _DASHES[i % len(_DASHES)], "connectgaps": True}
         drawn = time.line(
             figure, mean_of_finite(values, 1), _COLOURS[i % len(_COLOURS)], as_text(name), width=2.5, **look
         )
@@ -114,7 +139,10 @@ def over_steps(datasets: Mapping[str, xr.Dataset], metric: str) -> go.Figure | N
         label if label != metric else "",
         height=380,
         xaxis={**axis, "range": [min(ends), max(ends)]},
-        yaxis={"title": {"text": "value"}, **({"type": "log"} if metric.startswith("loss/") else {})},
+        yaxis={
+            "title": {"text": _METRICS.get(metric, "value")},
+            **({"type": "log"} if metric.startswith("loss/") else {}),
+        },
     )
 
 

@@ -86,11 +86,13 @@ class Table:
         titles: Of the columns.
         rows: Cells; a number is text already.
         words: Titles of columns that hold words, which are set from the left and may wrap.
+        folded: If not empty, what one can click at to see the table.
     """
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: frozenset[str] = frozenset()
+    folded: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Section:
         text: What to see, in a sentence or two.
         figures: Figures; their titles and subtitles are set as text above them, where they can wrap.
         tables: Tables under the figures.
-        commands: Command lines to copy.
+        commands: Command lines to copy, at the end.
         widget: Something to play with; a page has at most one of each name.
     """
 
@@ -141,12 +143,10 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     figures: dict[str, Any] = {}
     scripts = [_SCRIPT]
     body = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
-    for section in sections:
-        number = sum(part.startswith("<section") for part in body)
+    for number, section in enumerate(sections):
         body.append(f'<section aria-labelledby="part-{number}"><h2 id="part-{number}">{escape(section.title)}</h2>')
         if section.text:
             body.append(f"<p>{escape(section.text)}</p>")
-        body += [f"<p><code>{escape(command)}</code></p>" for command in section.commands]
         for figure in section.figures:
             name = f"figure-{len(figures)}"
             figures[name], heading, caption = _plain(figure)
@@ -154,7 +154,8 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
             buttons = _buttons(name, figures[name]["layout"].pop("updatemenus", []))
             body.append(
                 f"<figure><figcaption><strong>{_words(heading)}</strong><br>{_words(caption)}</figcaption>"
-                f'{buttons}<div class="wide"><div id="{name}" role="img" aria-label="{escape(heading)}" '
+                f'{buttons}<div class="wide" tabindex="0"><div id="{name}" role="img" '
+                f'aria-label="{escape(re.sub("</?su[bp]>", "", heading))}" '
                 f'style="height:{height}px{_least_width(figure)}"></div></div></figure>'
             )
         if (widget := section.widget) is not None:
@@ -162,6 +163,7 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
             body.append(widget.html + data)
             scripts.append((Path(__file__).parent / f"{widget.name}.js").read_text(encoding="utf-8"))
         body += [_table(table) for table in section.tables]
+        body += [f"<p><code>{escape(command)}</code></p>" for command in section.commands]
         body.append("</section>")
     looks = {name: template.to_plotly_json() for name, template in TEMPLATES.items()}
     data = _json({"figures": figures, "templates": looks})
@@ -229,4 +231,5 @@ def _table(table: Table) -> str:
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
         for row in table.rows
     )
-    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    found = f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<details><summary>{escape(table.folded)}</summary>{found}</details>" if table.folded else found

@@ -56,15 +56,16 @@ def test_a_browser_draws_every_line(runs, tmp_path):
     page = write_comparison(runs, tmp_path / "page.html")
     values, errors = in_browser(
         page,
-        "document.querySelectorAll('.js-plotly-plot').length",
-        "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length",
+        "[...document.querySelectorAll('.js-plotly-plot')].map((figure) => figure.data.map((trace) => trace.name))",
         "[...document.querySelectorAll('.legendtext')].slice(0, 2).map((text) => text.textContent)",
+        "[...document.querySelectorAll('figcaption strong')].map((title) => title.textContent)",
     )
     assert errors == []
-    assert values[0] >= 4
-    assert values[1] == 2 * values[0]
-    assert values[2] == ["one", "<b>two"]
-    assert assert_every_figure_is_drawn(page, width=390, dark=True) == values[0]
+    drawn, legend, titles = values
+    assert sum(names == ["one", "&lt;b&gt;two"] for names in drawn) >= 4
+    assert legend == ["one", "<b>two"]
+    assert [f"{run}: Geometry of the features with a head" in titles for run in legend] == [True, True]
+    assert assert_every_figure_is_drawn(page, width=390, dark=True) == len(drawn)
 
 
 @pytest.mark.parametrize("which", [[0], [0, 0]])

@@ -11,8 +11,9 @@ from browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_brows
 from svf_lightning import cli
 from svf_lightning.errors import InputError
 from svf_lightning.report.command import report
+from svf_lightning.report.dynamics import dynamics
 from svf_lightning.report.explorer import frames
-from svf_lightning.report.run_page import dynamics, figures_of, write_run_page
+from svf_lightning.report.run_page import figures_of, write_run_page
 from svf_lightning.trajectory import open_trajectory
 
 EVIL = "<script>document.title='broken'</script>"
