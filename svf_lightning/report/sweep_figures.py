@@ -66,7 +66,8 @@ def along_axis(
     for row in done.to_dict("records"):
         settings = [f"{name.rsplit('.', 1)[-1]} {row[name]}" for name in (axis, *others)]
         hover.append(as_text(", ".join([*settings, f"trial {row['trial']}"])))
-    figure, y_axis = final_values({name: (at, done[name].to_numpy(float)) for name in names}, hover, means=True)
+    ordered = "seed" not in axis  # a line from seed to seed means nothing
+    figure, y_axis = final_values({name: (at, done[name].to_numpy(float)) for name in names}, hover, means=ordered)
     ticks = np.unique(at)
     x_axis = value_axis(ticks, named=True)
     if not numeric:
@@ -80,7 +81,7 @@ def along_axis(
     further = f"over {', '.join(name.rsplit('.', 1)[-1] for name in others)} and seeds" if others else ""
     parts = [
         count_of(len(done), "trial"),
-        "dots: trials; line: their mean",
+        "dots: trials; line: their mean" if ordered else "dots: trials",
         further,
         f"dotted: {rule:g}" if rule is not None else "",
     ]

@@ -53,10 +53,14 @@ class Sweep:
         self.trials: list[dict[str, Any]] = index["trials"]
 
     @property
+    def varied(self) -> list[str]:
+        """The parameters that vary."""
+        return list(self.trials[0]["varied"]) if self.trials else []
+
+    @property
     def axes(self) -> list[str]:
         """The parameters that vary, without seeds."""
-        varied = self.trials[0]["varied"] if self.trials else []
-        return [name for name in varied if name not in SEEDS]
+        return [name for name in self.varied if name not in SEEDS]
 
     def run_dir(self, trial_id: str) -> Path:
         """The run directory of a trial."""
@@ -192,13 +196,13 @@ def _print(sweep: Sweep, cells: pd.DataFrame, metric: str) -> None:
 
 
 def figures(sweep: Sweep, *, rule: float | None = None, metric: str = RULE_METRIC) -> dict[str, go.Figure]:
-    """One figure per axis, by its name; none while no trial is done."""
+    """One figure per axis (the seeds, if nothing else varies), by its name; none while no trial is done."""
     from svf_lightning.report.sweep_figures import METRICS, along_axis
 
     table = sweep.table()
     shown = METRICS if metric in METRICS else metric
     found = {}
-    for axis in sweep.axes:
+    for axis in sweep.axes or sweep.varied:  # of seeds alone, one dot each
         others = [other for other in sweep.axes if other != axis]
         with suppress(InputError):  # nothing is there yet
             found[short(axis)] = along_axis(table, axis, others, shown, rule=rule)

@@ -65,3 +65,12 @@ def test_a_table_that_shows_nothing_says_why(changes, options, message):
     options = {"axis": "model.d_head", **options}
     with pytest.raises(InputError, match=message):
         along_axis(table(**changes), **options)
+
+
+def test_trials_that_differ_in_the_seed_alone_are_dots_without_a_line():
+    trials = table().assign(seed_everything=range(len(table())))
+    figure = along_axis(trials, "seed_everything", y="alignment/matched")
+    assert [trace.mode for trace in figure.data] == ["markers"]
+    done = trials[trials["state"] == "done"]
+    assert list(figure.data[0].x) == done["seed_everything"].tolist()
+    assert "line" not in figure.layout.title.subtitle.text
