@@ -117,19 +117,25 @@ def test_the_slider_follows_the_keyboard_and_says_where_it_stands(page):
 
 
 @needs_browser
-def test_pointing_at_a_cell_tells_features_and_value(page, run_dir):
+def test_pointing_at_a_cell_tells_its_value_and_at_a_step_those_of_all_panels(page, run_dir):
     entries = list(figures_of(open_trajectory(run_dir), replay=False))
     figure = f"figure-{1 + entries.index('fig_2a')}"  # after the dynamics
     values, errors = in_browser(
         page,
         f"Plotly.Fx.hover('{figure}', {{xval: 2, yval: 0}}, ['xy']); "
         f"[...document.querySelectorAll('#{figure} .hoverlayer text')].map((text) => text.textContent).join('')",
+        "Plotly.Fx.hover('figure-0', {xval: 5}, ['xy']); "
+        "[...document.querySelectorAll('#figure-0 .hoverlayer text')].map((text) => text.textContent)",
     )
     cosine = float(open_trajectory(run_dir)["cosine_left"].isel(step=-1, instance=0, feature=0, rank=2))
     assert errors == []
     assert (
         values[0].replace("\u200b", "") == f"feature 0, u3|cosine| {cosine:.3f}"
     )  # plotly puts marks about a subscript
+    lines = [trace for trace in dynamics(open_trajectory(run_dir)).data if trace.hoverinfo != "skip"]
+    at, *told = values[1]
+    assert len(told) == len(lines) > 6
+    assert all(f"step {at}: " in text for text in told)
 
 
 @needs_browser
