@@ -98,7 +98,7 @@ def _row_of(dataset: xr.Dataset, step: int | None) -> int:
     return int(steps.index(step))
 
 
-def _when(dataset: xr.Dataset, at: int) -> str:
+def when(dataset: xr.Dataset, at: int) -> str:
     """The checkpoint that a row is of: its training step, or the name of the only one that the run has."""
     if dataset.sizes["step"] == 1 and "checkpoint" in dataset:
         return str(dataset["checkpoint"].values[0])
@@ -176,7 +176,7 @@ def fig_7a(
     place = {"step": at, **own._asdict()}
     mean, sd = (read(dataset, f"contribution/{name}", "rank", **place) for name in ("mean", "sd"))
     if not np.isfinite(mean).any():
-        raise InputError(f"{own} has no score at {_when(dataset, at)}. Fix: pass another layer and head.")
+        raise InputError(f"{own} has no score at {when(dataset, at)}. Fix: pass another layer and head.")
     index = np.arange(1, len(mean) + 1)
     shows_sigma = "singular_values" in dataset
     figure, low = go.Figure(), 0.42 if shows_sigma else 0.0
@@ -212,7 +212,7 @@ def fig_7a(
     return finish(
         figure,
         f"How the singular pairs of {own} make up its attention",
-        _subtitle(dataset, _when(dataset, at), *more),
+        _subtitle(dataset, when(dataset, at), *more),
         height=520 if shows_sigma else 450,
         showlegend=False,
         margin={**MARGIN, "t": 80},
@@ -330,7 +330,7 @@ def fig_8(dataset: xr.Dataset, *, attending: float = 0.5) -> go.Figure:
     return finish(
         figure,
         "Which singular pair contributes most",
-        _subtitle(dataset, _when(dataset, -1), "shaded: last eighth; dotted: every index equally often"),
+        _subtitle(dataset, when(dataset, -1), "shaded: last eighth; dotted: every index equally often"),
         showlegend=False,
         yaxis_range=[0, 1.08 * highest],
         yaxis2_range=[0, 1.08 * highest],
@@ -369,7 +369,7 @@ def fig_9(dataset: xr.Dataset, *, attending: float = 0.5) -> go.Figure:
     return finish(
         figure,
         "How many singular pairs make up a score",
-        _subtitle(dataset, _when(dataset, -1), f"blue: at most {_FEW}; dotted: median"),
+        _subtitle(dataset, when(dataset, -1), f"blue: at most {_FEW}; dotted: median"),
         showlegend=False,
         yaxis_range=[0, 1.08 * highest],
         yaxis2_range=[0, 1.08 * highest],
@@ -459,7 +459,7 @@ def heads_map(dataset: xr.Dataset) -> go.Figure:
     return finish(
         figure,
         "Attention, sparseness and N<sub>recon</sub> of every head",
-        _subtitle(dataset, _when(dataset, -1)),
+        _subtitle(dataset, when(dataset, -1)),
         height=tall + MARGIN["t"] + MARGIN["b"],
         width=width,
         **layout,
@@ -517,7 +517,7 @@ def causal(dataset: xr.Dataset) -> go.Figure:
     return finish(
         figure,
         f"Removing contributions from the {count_of(len(heads), 'head')} of the task",
-        _subtitle(dataset, _when(dataset, -1), *more, prompts="pair"),
+        _subtitle(dataset, when(dataset, -1), *more, prompts="pair"),
     )
 
 

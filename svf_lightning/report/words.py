@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svf_lightning.report.drawing import read
 from svf_lightning.report.page import Widget
+from svf_lightning.report.replay_figures import when
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -107,11 +107,8 @@ def _checkpoint(dataset: xr.Dataset, row: int, n_words: int) -> dict[str, Any]:
     arrays = {name: own[name].transpose("layer", "head", "shown", ...).values for name in _ARRAYS}
     attention, relative, top, index = arrays.values()
     scale = max(_largest(relative), _largest(top))
-    name = f"step {int(dataset['step'].values[row]):,}"
-    if dataset.sizes["step"] == 1 and "checkpoint" in dataset:
-        name = str(read(dataset, "checkpoint", step=row))
     return {
-        "name": name,
+        "name": when(dataset, row),
         "scale": scale / _LARGEST,
         "attention": _whole(attention, 1.0),
         "relative": _whole(relative, scale),

@@ -367,6 +367,12 @@ def test_words_that_a_sliding_window_hides_have_no_number(tmp_path, suite):
     assert (own["words/top_index"].values[1] >= 0).all()
 
 
+@pytest.mark.parametrize("options", [{"n_prompts": 0}, {"n_top": 0}, {"max_words": 0}])
+def test_options_of_attention_over_words_out_of_range_are_input_errors(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))}=0.*>= 1"):
+        AttentionOverWords(**options)
+
+
 def test_a_model_that_cannot_be_decomposed_stops_the_run_with_a_reason(tmp_path, suite):
     from transformers import Qwen3Config
 

@@ -128,3 +128,20 @@ def test_where_checkpoints_are_too_many_for_a_page_the_first_and_the_last_stay(r
     monkeypatch.setattr("svf_lightning.report.words.MAX_BYTES", 2 * size)
     assert [c["name"] for c in word_frames(rows)["checkpoints"]] == ["step 0", "step 8"]
     assert word_frames(rows.drop_vars("words/top")) is None
+
+
+@needs_browser
+def test_a_model_with_a_single_checkpoint_has_a_page_too(suite, tmp_path):
+    replay(FolderCheckpoints(str(suite / "step8")), tmp_path / "run", callbacks=(AttentionOverWords(),), n_prompts=7)
+    (tmp_path / "run" / "config.yaml").write_text("experiment: {name: ours}")
+    page = write_run_page(tmp_path / "run")
+    assert assert_every_figure_is_drawn(page, width=1440, dark=False) == 5  # Figs. 7a, 8, 9, map, words
+    values, errors = in_browser(
+        page,
+        "document.getElementById('words-checkpoint')",
+        "document.getElementById('words-now').textContent",
+    )
+    assert errors == []
+    assert values[0] is None
+    name = str(open_trajectory(tmp_path / "run")["checkpoint"].values[0])
+    assert f", {name}: attention " in values[1]
