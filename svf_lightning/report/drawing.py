@@ -25,6 +25,7 @@ XAxis = Literal["linear", "log"]
 Span = tuple[float, float]
 
 MAX_POINTS = 600  # per line; more cannot be seen
+_TOLD_CELLS = 40_000  # of a heat map that can be pointed at one by one: those of 200 features
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 GREY = "#8C8C8C"  # readable on white and on black
 BROWN = "#9C6B1F"  # the same; with the seven above the eighth that the colour-blind tell apart by its darkness
@@ -413,13 +414,16 @@ def draw_heat(
     ``numbers`` writes the value into each cell, as ``number_format`` says; ``signed`` are values to tell instead of
     those shown.
     """
-    told = values if signed is None else signed
-    if all(isinstance(label, (int, np.integer)) for label in (*rows, *columns)):
+    exact = values if signed is None else signed
+    told: np.ndarray | None = exact
+    texts = None
+    if values.size > _TOLD_CELLS:
+        told, told_as = None, "%{z:.3f}"
+    elif all(isinstance(label, (int, np.integer)) for label in (*rows, *columns)):
         # numbers rather than a text for each cell, which for 100 features take a third of the room
         labels = np.meshgrid(np.asarray(rows), np.asarray(columns), indexing="ij")
-        told = np.stack([*labels, told], axis=-1)
+        told = np.stack([*labels, exact], axis=-1)
         told_as = hover.format(row="%{customdata[0]}", column="%{customdata[1]}", value="%{customdata[2]:.3f}")
-        texts = None
     else:
         told_as = "%{text}%{customdata:.3f}"
         texts = [[hover.format(row=row, column=column, value="") for column in columns] for row in rows]
@@ -427,7 +431,7 @@ def draw_heat(
         z=values.astype(np.float32),
         x=list(range(values.shape[1])),
         y=list(range(values.shape[0])),
-        customdata=told.astype(np.float32),
+        customdata=None if told is None else told.astype(np.float32),
         text=texts,
         hovertemplate=f"{told_as}<extra></extra>",
         coloraxis=coloraxis,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 N_FRAMES = 60
-MAX_BYTES = 1_500_000  # of all frames of all instances
+MAX_BYTES = 1_500_000  # of all frames of all instances; large models have fewer
 _MOMENTS = (
     ("alignment/matched", "singular vectors are aligned (t_align)"),
     ("orthogonality/attended_vs_rest", "attended features are orthogonal to the rest (t_ortho)"),
@@ -70,11 +70,12 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     has_head = has_head and all(dataset[name].ndim == 4 for name in ("U", "V"))  # not one per head or offset
     D, N = dataset.sizes["d_model"], dataset.sizes["feature"]
     rank = dataset.sizes["rank"] if has_head else 0
-    bytes_each = N_FRAMES * (2 * N * rank + N * N + 2 * N)
-    shown = list(range(max(1, min(dataset.sizes["instance"], MAX_BYTES // bytes_each))))
+    per_frame = 2 * N * rank + N * N + 2 * N  # bytes
+    n_frames = min(N_FRAMES, max(2, MAX_BYTES // per_frame))
+    shown = list(range(max(1, min(dataset.sizes["instance"], MAX_BYTES // (n_frames * per_frame)))))
     all_steps = np.asarray(dataset["step"].values)
     moments = [_moments(dataset, instance, all_steps) for instance in shown]
-    rows = _rows(all_steps, {step for found in moments for step, _ in found})
+    rows = _rows(all_steps, {step for found in moments for step, _ in found}, n_frames)
     pair = _plane_pair(dataset, D, N)
     some = dataset.isel(step=rows, instance=shown)
     W = torch.from_numpy(some["W"].values)  # [F, I, D, N]
@@ -112,9 +113,10 @@ def _moments(dataset: xr.Dataset, instance: int, steps: np.ndarray) -> list[tupl
     return found
 
 
-def _rows(steps: np.ndarray, marked: set[int]) -> np.ndarray:
-    """At most about N_FRAMES rows, evenly over the logarithm of the step, and the marked ones."""
-    wanted = np.geomspace(max(1, steps[steps > 0].min(initial=1)), max(2, steps[-1]), N_FRAMES - 1 - len(marked))
+def _rows(steps: np.ndarray, marked: set[int], n: int) -> np.ndarray:
+    """About n rows, evenly over the logarithm of the step, with the first, the last and the marked ones."""
+    low, high = max(1, steps[steps > 0].min(initial=1)), max(2, steps[-1])
+    wanted = np.geomspace(low, high, max(0, n - 1 - len(marked)))
     near = np.searchsorted(steps, [*wanted, *marked]).clip(max=len(steps) - 1)
     return np.unique([0, *near, len(steps) - 1])
 

@@ -328,6 +328,13 @@ def test_fig_1b_first_and_last_step_with_attended_features_first(run):
     assert {shape.x0 for shape in lines} | {shape.y0 for shape in lines} == {0, 3.5}
 
 
+def test_the_cells_of_a_very_large_heat_map_tell_their_value_alone(run, monkeypatch):
+    monkeypatch.setattr("svf_lightning.report.drawing._TOLD_CELLS", N * N - 1)
+    (heat,) = traces(figures.fig_1a(run), "heatmap")
+    assert heat.customdata is None
+    assert heat.hovertemplate == "%{z:.3f}<extra></extra>"
+
+
 @pytest.mark.parametrize("name", ["fig_2a", "fig_2b"])
 def test_fig_2_features_against_singular_vectors(run, name):
     figure = FIGURES[name].draw(run, instance=1)

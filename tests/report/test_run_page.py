@@ -155,6 +155,19 @@ def test_the_play_button_runs_to_the_end_and_stops(page):
     assert values == ["Pause", "Play", True]
 
 
+def test_large_models_have_fewer_frames_and_always_the_first_and_the_last(run_dir, monkeypatch):
+    dataset = open_trajectory(run_dir)
+    many = frames(dataset)
+    per_frame = 2 * 20 * 10 + 20 * 20 + 2 * 20
+    monkeypatch.setattr("svf_lightning.report.explorer.MAX_BYTES", 7 * per_frame)
+    few = frames(dataset)
+    assert len(many["steps"]) > 30
+    assert 2 <= len(few["steps"]) <= 7 + 2
+    assert (few["steps"][0], few["steps"][-1]) == (0, 60)
+    assert (len(few["instances"]), few["n_instances"]) == (1, 3)
+    assert {step for step, _ in few["instances"][0]["moments"]} <= set(few["steps"])
+
+
 def test_the_plane_shows_the_attended_pair_at_its_lengths_and_angle(run_dir):
     import base64
 
