@@ -18,8 +18,8 @@ import yaml
 from svf_lightning.arguments import parsed
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.rows import Rows
-from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
-from svf_lightning.summary import dynamics, dynamics_to_log
+from svf_lightning.run_dir import CONFIG, SUMMARY, command_of
+from svf_lightning.summary import dynamics_of, dynamics_to_log
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
 from svf_lightning.trajectory import open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, say
@@ -144,12 +144,8 @@ class _Run(NamedTuple):
 
     @property
     def command(self) -> str:
-        """What made the run. Only an evaluation has the setting ``verbose``; which one, its directory's name tells."""
-        if is_replay(self.path):
-            return "replay"
-        if "verbose" not in self.config:
-            return "fit"
-        return "validate" if self.path.name.endswith("-validate") else "test"
+        """What made the run."""
+        return command_of(self.path, self.config)
 
     def logger_settings(self) -> dict[str, Any]:
         """Arguments of the RunLogger that the run had, or would have had."""
@@ -195,9 +191,7 @@ class _Run(NamedTuple):
         """What is known at the end of a training."""
         if self.command != "fit":
             return {}
-        columns = {str(name): values for name, values in self.trajectory.data_vars.items()}
-        steps, batch_dims = self.trajectory["step"].values, self.trajectory.attrs["batch_dims"]
-        return dynamics_to_log(dynamics(columns, steps, batch_dims))
+        return dynamics_to_log(dynamics_of(self.trajectory))
 
     def _part(self, name: str) -> Mapping[str, Any]:
         return self.config.get(name) or {}

@@ -54,6 +54,15 @@ def is_replay(run_dir: Path) -> bool:
     return (run_dir / IDENTITY).is_file() and (run_dir / CONFIG).is_file()
 
 
+def command_of(run_dir: Path, config: Mapping[str, Any]) -> str:
+    """The command that made a run. Only an evaluation has the setting ``verbose``; which one, the directory tells."""
+    if is_replay(run_dir):
+        return "replay"
+    if "verbose" not in config:
+        return "fit"
+    return "validate" if run_dir.name.endswith("-validate") else "test"
+
+
 def owner_of(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint belongs to, or None if it lies elsewhere."""
     folder = checkpoint.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from svf_lightning.claims import Claim, Verdict, judge
 from svf_lightning.metrics import time_of_change
 from svf_lightning.rows import statistics
 from svf_lightning.run_dir import SUMMARY, versions, write_json
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # what happens when (method, section 3), by the metric whose change is timed
 DYNAMICS = {
@@ -91,6 +94,12 @@ def dynamics(scalars: Mapping[str, Any], steps: np.ndarray, batch_dims: tuple[st
         for name, source in DYNAMICS.items()
         if source in scalars
     }
+
+
+def dynamics_of(trajectory: xr.Dataset) -> dict[str, np.ndarray]:
+    """:func:`dynamics` of a stored training; NaN for an instance in which nothing changed."""
+    columns = {source: trajectory[source] for source in DYNAMICS.values() if source in trajectory}
+    return dynamics(columns, trajectory["step"].values, trajectory.attrs["batch_dims"])
 
 
 def dynamics_to_log(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from svf_lightning.report.drawing import (
     mean_of_finite,
 )
 from svf_lightning.report.page import Section, Table, write_page
-from svf_lightning.report.run_page import figures_of
+from svf_lightning.report.run_page import figures_of, in_words
 from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
 from svf_lightning.trajectory import open_trajectory
 
@@ -93,12 +93,12 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparis
 def _side_by_side(runs: Mapping[str, Path], datasets: Mapping[str, xr.Dataset]) -> list[Section]:
     """The figures of the last step that tell most, of every run that has them."""
     sections = []
+    drawn = {run: figures_of(dataset, replay=is_replay(runs[run]), among=_LAST) for run, dataset in datasets.items()}
     for name in _LAST:
         figures = []
-        for run, dataset in datasets.items():
-            found = figures_of(dataset, replay=is_replay(runs[run])).get(name)
-            if found is not None:
-                entry, figure = found
+        for run, found in drawn.items():
+            if name in found:
+                entry, figure = found[name]
                 figures.append(figure.update_layout(title_text=f"{run}: {figure.layout.title.text}"))
         if len(figures) > 1:
             sections.append(Section(f"{entry.description} ({entry.paper})", entry.see, figures))
@@ -159,13 +159,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _claims(runs: Mapping[str, Path]) -> list[Table]:
     """One row per claim, one column per run."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    answers = {True: "yes", False: "no", None: "open"}
     for name, folder in runs.items():
         if not (folder / SUMMARY).is_file():
             continue
         for claim in json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["claims"]:
-            measured = "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
-            found.setdefault((claim["claim"], claim["needed"]), {})[name] = f"{measured} ({answers[claim['holds']]})"
+            holds, measured = in_words(claim)
+            found.setdefault((claim["claim"], claim["needed"]), {})[name] = f"{measured} ({holds})"
     rows = [[claim, needed, *(values.get(name, "-") for name in runs)] for (claim, needed), values in found.items()]
     return [Table(["claim", "needed", *runs], rows, frozenset(["claim", "needed"]))] if rows else []
 

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
-import torch
 
-from svf_lightning.metrics import time_of_change
 from svf_lightning.report.drawing import (
     BLUE,
     BROWN,
@@ -28,6 +26,7 @@ from svf_lightning.report.drawing import (
     read,
     subtitle_of,
 )
+from svf_lightning.summary import dynamics_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
 _INSTANCES_EACH = 64  # lines of a panel; more cannot be told apart
 _POINTS_EACH = 150  # of an instance's thin line
 _MOMENTS = (
-    ("alignment/matched", "alignment", BLUE),
-    ("orthogonality/attended_vs_rest", "orthogonality", VERMILLION),
+    ("dynamics/t_align", "alignment", BLUE),
+    ("dynamics/t_ortho", "orthogonality", VERMILLION),
 )
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("loss", "log", (("loss/recon", "reconstruction loss", GREY), ("loss/attn", "attention loss (nats)", BROWN))),
@@ -96,9 +95,11 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
             options = {"legendgroup": name, "yaxis": own, "hover": LABELS.get(name, label), "connectgaps": True}
             time.line(figure, mean, colour, label, width=2.5, **options)
     moments = []
+    changes = dynamics_of(dataset)
     for name, word, colour in _MOMENTS:
-        at = _median_change(dataset, name)
-        if at is not None:
+        times = changes.get(name, np.empty(0))
+        if np.isfinite(times).any():
+            at = float(np.nanmedian(times))
             ends = {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
             figure.add_shape(type="line", **ends, line={"dash": "dot", "width": 1.5, "color": colour})
             moments.append(f"{word} {at:,.0f}")
@@ -125,16 +126,6 @@ def dynamics(dataset: xr.Dataset) -> go.Figure | None:
         updatemenus=[{"type": "buttons", "buttons": buttons, "direction": "right", "x": 1, "y": 0, "pad": {"t": 45}}],
         **layout,
     )  # fmt: skip
-
-
-def _median_change(dataset: xr.Dataset, name: str) -> float | None:
-    """When a metric has covered most of its way [training steps], in the median of the instances that change."""
-    if name not in dataset or dataset[name].dims != ("step", "instance"):
-        return None
-    steps = torch.from_numpy(np.asarray(dataset["step"].values).copy())
-    times = time_of_change(torch.from_numpy(read(dataset, name, "step", "instance").copy()), steps)
-    times = times[times.isfinite()]
-    return float(np.median(times.numpy())) if len(times) else None
 
 
 def _spans_decades(dataset: xr.Dataset, lines: Iterable[tuple[str, str, str]]) -> bool:

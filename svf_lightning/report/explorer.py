@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from svf_lightning.metrics import cosine_matrix, time_of_change
-from svf_lightning.report.drawing import pair_features, read
-from svf_lightning.report.page import Widget
+from svf_lightning.metrics import cosine_matrix
+from svf_lightning.report.drawing import pair_features
+from svf_lightning.report.page import Widget, largest, packed
+from svf_lightning.summary import dynamics_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 N_FRAMES = 60
 MAX_BYTES = 1_500_000  # of all frames of all instances; large models have fewer
 _MOMENTS = (
-    ("alignment/matched", "singular vectors are aligned (t_align)"),
-    ("orthogonality/attended_vs_rest", "attended features are orthogonal to the rest (t_ortho)"),
+    ("dynamics/t_align", "singular vectors are aligned (t_align)"),
+    ("dynamics/t_ortho", "attended features are orthogonal to the rest (t_ortho)"),
 )
 _SIDES = {"left": "U", "right": "V"}
 
@@ -74,7 +75,8 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     n_frames = min(N_FRAMES, max(2, MAX_BYTES // per_frame))
     shown = list(range(max(1, min(dataset.sizes["instance"], MAX_BYTES // (n_frames * per_frame)))))
     all_steps = np.asarray(dataset["step"].values)
-    moments = [_moments(dataset, instance, all_steps) for instance in shown]
+    changes = dynamics_of(dataset)
+    moments = [_moments(changes, instance) for instance in shown]
     rows = _rows(all_steps, {step for found in moments for step, _ in found}, n_frames)
     pair = _plane_pair(dataset, D, N)
     some = dataset.isel(step=rows, instance=shown)
@@ -84,9 +86,9 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     sides = {side: cosine_matrix(W, torch.from_numpy(some[name].values)) for side, name in _SIDES.items() if has_head}
     per_instance = []
     for i in range(len(shown)):
-        scale = _largest(gram[i])
-        arrays = {"gram": _bytes(gram[i], scale), "plane": _bytes(*_plane(W[:, i].numpy(), pair))}
-        arrays |= {side: _bytes(values[:, i].numpy(), 1.0) for side, values in sides.items()}
+        scale = largest(gram[i])
+        arrays = {"gram": packed(gram[i], scale), "plane": packed(*_plane(W[:, i].numpy(), pair))}
+        arrays |= {side: packed(values[:, i].numpy(), 1.0) for side, values in sides.items()}
         per_instance.append({"moments": moments[i], **arrays})
     return {
         "steps": [int(step) for step in all_steps[rows]],
@@ -100,17 +102,10 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     }
 
 
-def _moments(dataset: xr.Dataset, instance: int, steps: np.ndarray) -> list[tuple[int, str]]:
+def _moments(changes: Mapping[str, np.ndarray], instance: int) -> list[tuple[int, str]]:
     """When one instance aligned, and when its features turned orthogonal."""
-    found = []
-    for name, words in _MOMENTS:
-        if name not in dataset or dataset[name].dims != ("step", "instance"):
-            continue
-        values = torch.from_numpy(read(dataset, name, "step", instance=instance)[:, None].copy())
-        time = float(time_of_change(values, torch.from_numpy(steps.copy()))[0])
-        if math.isfinite(time):
-            found.append((int(time), words))
-    return found
+    found = ((changes[name][instance], words) for name, words in _MOMENTS if name in changes)
+    return [(int(time), words) for time, words in found if math.isfinite(time)]
 
 
 def _rows(steps: np.ndarray, marked: set[int], n: int) -> np.ndarray:
@@ -142,16 +137,4 @@ def _plane(W: np.ndarray, pair: tuple[int, int]) -> tuple[np.ndarray, float]:
         up = second - (second * right).sum(1, keepdims=True) * right
         up = up / np.linalg.norm(up, axis=1, keepdims=True).clip(1e-12)
         points = np.stack([np.einsum("sd,sdn->sn", axis, W) for axis in (right, up)], 1)
-    return points, _largest(points)
-
-
-def _largest(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max(initial=0.0)) or 1.0
-
-
-def _bytes(values: np.ndarray, scale: float) -> str:
-    """Values as signed bytes in units of scale / 127, base64; -128 where there is no number."""
-    known = np.isfinite(values)
-    whole = np.where(known, np.clip(np.round(np.where(known, values, 0) / scale * 127), -127, 127), -128)
-    return base64.b64encode(whole.astype(np.int8).tobytes()).decode()
+    return points, largest(points)

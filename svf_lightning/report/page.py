@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
@@ -129,6 +131,22 @@ class Section:
     tables: Sequence[Table] = ()
     commands: Sequence[str] = ()
     widget: Widget | None = None
+
+
+def packed(values: np.ndarray, scale: float, kind: type[np.signedinteger[Any]] = np.int8) -> str:
+    """Values for a widget: integers in units of scale / their largest, base64; the lowest where there is no number."""
+    limit = np.iinfo(kind)
+    known = np.isfinite(values)
+    whole = np.clip(np.round(np.where(known, values, 0) / scale * limit.max), -limit.max, limit.max)
+    return base64.b64encode(
+        np.where(known, whole, limit.min).astype(np.dtype(kind).newbyteorder("<")).tobytes()
+    ).decode()
+
+
+def largest(values: np.ndarray) -> float:
+    """Largest size of a finite value, as a scale for :func:`packed`; 1 if all are 0."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max(initial=0.0)) or 1.0
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:

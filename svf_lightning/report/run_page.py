@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,11 @@ from svf_lightning.errors import InputError
 from svf_lightning.report.drawing import Entry
 from svf_lightning.report.dynamics import dynamics
 from svf_lightning.report.explorer import time_slider
-from svf_lightning.report.figures import FIGURES
+from svf_lightning.report.figures import ALL_FIGURES
 from svf_lightning.report.page import Section, Table, write_page
 from svf_lightning.report.replay_figures import REPLAY_FIGURES
 from svf_lightning.report.words import head_picker
-from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
+from svf_lightning.run_dir import CONFIG, SUMMARY, command_of, is_replay
 from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     config = _read(run_dir / CONFIG, yaml.safe_load)
     replay = is_replay(run_dir)
     experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
-    command = f"python -m svf_lightning {'replay' if replay else 'fit'} --config {run_dir / CONFIG}"
+    command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
     sections = [_verdict(summary, dataset, config, command)]
     if not replay:
         if (figure := dynamics(dataset)) is not None:
@@ -113,19 +113,19 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
 
 
 def _claims(summary: Mapping[str, Any]) -> list[Table]:
-    answers = {True: "yes", False: "no", None: "open"}
-    rows = [
-        [
-            answers[claim["holds"]],
-            claim["claim"],
-            "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}",
-            claim["needed"].replace(", open question", ""),
-            claim["figure"],
-        ]
-        for claim in summary["claims"]
-    ]
+    rows = []
+    for claim in summary["claims"]:
+        holds, measured = in_words(claim)
+        needed = claim["needed"].replace(", open question", "")
+        rows.append([holds, claim["claim"], measured, needed, claim["figure"]])
     titles = ["holds", "claim", "measured", "needed", "paper"]
     return [Table(titles, rows, frozenset(["holds", "claim", "paper"]))] if rows else []
+
+
+def in_words(claim: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether a claim of summary.json holds, and what was measured."""
+    holds = {True: "yes", False: "no", None: "open"}[claim["holds"]]
+    return holds, "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
 
 
 def _left_out(dataset: xr.Dataset) -> list[str]:
@@ -142,18 +142,21 @@ def _left_out(dataset: xr.Dataset) -> list[str]:
     return names
 
 
-def figures_of(dataset: xr.Dataset, *, replay: bool) -> dict[str, tuple[Entry, go.Figure]]:
+def figures_of(
+    dataset: xr.Dataset, *, replay: bool, among: Collection[str] = ALL_FIGURES
+) -> dict[str, tuple[Entry, go.Figure]]:
     """All figures that a run has the data for and that say something of it, by name, beside :func:`dynamics`.
 
     Args:
         dataset: A trajectory.
         replay: It is one of a language model.
+        among: Names of the figures that are wanted.
     """
-    entries = dict(REPLAY_FIGURES) if replay else {**FIGURES, **REPLAY_FIGURES}
-    for name in () if replay else _left_out(dataset):
-        del entries[name]
+    left_out = () if replay else _left_out(dataset)
     found = {}
-    for name, entry in entries.items():
+    for name, entry in (REPLAY_FIGURES if replay else ALL_FIGURES).items():
+        if name in left_out or name not in among:
+            continue
         log = {"x_axis": "log"} if "x_axis" in inspect.signature(entry.draw).parameters else {}
         with suppress(InputError):
             found[name] = entry, entry.draw(dataset, **log)

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svf_lightning.report.page import Widget
+from svf_lightning.report.page import Widget, largest, packed
 from svf_lightning.report.replay_figures import when
 
 if TYPE_CHECKING:
     import xarray as xr
 
 MAX_BYTES = 1_200_000  # of all numbers
-_MISSING = -32768
-_LARGEST = 32767
 _ARRAYS = ("words/attention", "words/relative", "words/top", "words/top_index")
 
 
@@ -53,7 +51,7 @@ def head_picker(dataset: xr.Dataset) -> Widget | None:
 def word_frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     """What the head picker shows, as JSON values; None if the run kept the words of no prompt.
 
-    Numbers are 16-bit integers (base64) in units of their checkpoint's ``scales``; -32768 is no number. Where all
+    Numbers are 16-bit integers (base64) in units of their checkpoint's ``scale``; -32768 is no number. Where all
     checkpoints would be too much for a page, some are left out, evenly, and never the first or the last.
 
     Args:
@@ -61,8 +59,8 @@ def word_frames(dataset: xr.Dataset) -> dict[str, Any] | None:
 
     Returns:
         ``prompts``: text, words (of each token up to the query), whether a word goes on without a space, query and key
-        position; ``checkpoints``: for each, its name and the arrays attention [L, H, P, W], relative [L, H, P, W] and
-        top [L, H, P, W, T] (nats), index [L, H, P, T] of the singular pairs, from 0; sizes; ``task``: the task's heads.
+        position; ``checkpoints``: for each, its name and the arrays attention and relative [L, H, P, W], contributions
+        [L, H, P, W, T] (nats), index [L, H, P, T] of the singular pairs, from 0; sizes; ``task``: the task's heads.
     """
     needed = (*_ARRAYS, "words/prompt", "prompt_text", "token_span", "query_position", "key_position")
     if any(name not in dataset for name in needed):
@@ -106,24 +104,12 @@ def _checkpoint(dataset: xr.Dataset, row: int, n_words: int) -> dict[str, Any]:
     own = dataset.isel(step=row, word=slice(n_words))
     arrays = {name: own[name].transpose("layer", "head", "shown", ...).values for name in _ARRAYS}
     attention, relative, top, index = arrays.values()
-    scale = max(_largest(relative), _largest(top))
+    scale = max(largest(relative), largest(top))
     return {
         "name": when(dataset, row),
-        "scale": scale / _LARGEST,
-        "attention": _whole(attention, 1.0),
-        "relative": _whole(relative, scale),
-        "contributions": _whole(top, scale),
+        "scale": scale / np.iinfo(np.int16).max,
+        "attention": packed(attention, 1.0, np.int16),
+        "relative": packed(relative, scale, np.int16),
+        "contributions": packed(top, scale, np.int16),
         "index": base64.b64encode(index.astype("<i2").tobytes()).decode(),
     }
-
-
-def _largest(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max(initial=0.0)) or 1.0
-
-
-def _whole(values: np.ndarray, scale: float) -> str:
-    """Values as 16-bit integers in units of scale / 32767, base64."""
-    known = np.isfinite(values)
-    whole = np.where(known, np.round(np.where(known, values, 0) / scale * _LARGEST), _MISSING)
-    return base64.b64encode(whole.astype("<i2").tobytes()).decode()

@@ -217,3 +217,11 @@ def test_the_page_of_a_killed_run_says_so(run_dir, tmp_path):
 def test_a_folder_without_a_run_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="not a trajectory"):
         report(str(tmp_path))
+
+
+def test_the_page_of_an_evaluation_repeats_the_evaluation(run_dir, tmp_path):
+    evaluated = tmp_path / "run-test"
+    shutil.copytree(run_dir, evaluated)
+    with (evaluated / "config.yaml").open("a") as file:
+        file.write("verbose: true\n")
+    assert f"python -m svf_lightning test --config {evaluated / 'config.yaml'}" in write_run_page(evaluated).read_text()
