@@ -1,32 +1,104 @@
-"""Settings by dotted names, and command lines of the commands that are plain functions."""
+"""Command lines: what they say before they are parsed, those of plain functions, and settings by dotted names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
-def parsed(command: Callable[..., object], args: Sequence[str]) -> dict[str, Any]:
-    """The arguments of a function from a command line: those without a default by position, the others as options.
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line of the commands that run a model, which decides about its configuration before it is parsed.
+
+    Args:
+        args: The arguments, as they were given.
+        commands: Names that a command can have.
+    """
+
+    args: Sequence[str]
+    commands: Sequence[str]
+
+    @property
+    def command(self) -> str | None:
+        """The command, or None."""
+        return next((arg for arg in self.args if arg in self.commands), None)
+
+    def values(self, *flags: str) -> list[str]:
+        """Values of an option that goes by these names, one for each time that it is given."""
+        return [value for _, value in self._given(flags)]
+
+    def option(self, flag: str) -> str | None:
+        """Value of an option, or None."""
+        return next(iter(self.values(flag)), None)
+
+    def with_values(self, change: Callable[[str], str], *flags: str) -> list[str]:
+        """The arguments with the values of an option changed."""
+        changed = list(self.args)
+        for i, value in self._given(flags):
+            if "=" in changed[i]:
+                changed[i] = f"{changed[i].split('=', 1)[0]}={change(value)}"
+            elif i + 1 < len(changed):
+                changed[i + 1] = change(value)
+        return changed
+
+    def _given(self, flags: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Position and value of every option that goes by one of these names."""
+        for i, arg in enumerate(self.args):
+            flag, equals, value = arg.partition("=")
+            if flag in flags:
+                yield i, value if equals else next(iter(self.args[i + 1 : i + 2]), "")
+
+
+def call(command: Callable[..., _T], name: str, args: Sequence[str]) -> _T:
+    """Call a function with its arguments from a command line.
+
+    Parameters without a default are given by position, those that take any number (``*names``) after them, the others
+    as options; a bool is a flag.
 
     Raises:
         ArgumentError: An argument is not known or not usable.
     """
     from jsonargparse import ArgumentParser
 
-    name = command.__name__
-    parser = ArgumentParser(prog=f"python -m svf_lightning {name}", exit_on_error=False, description=command.__doc__)
+    parser = ArgumentParser(prog=f"python -m svf_lightning {name}", exit_on_error=False, description=_summary(command))
     parser.add_function_arguments(command, as_group=False, as_positional=True)
-    given = ["--dry_run=true" if arg == "--dry_run" else arg for arg in args]  # a flag, to whoever types it
-    return dict(parser.parse_args(given).as_dict())
+    parameters = inspect.signature(command).parameters.values()
+    many = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    for rest in many:
+        parser.add_argument(rest, nargs="*", type=str, default=[], help=_described(command, rest))
+    flags = {f"--{p.name}" for p in parameters if p.annotation in ("bool", bool)}
+    given = parser.parse_args([f"{arg}=true" if arg in flags else arg for arg in args]).as_dict()
+    first = [given.pop(p.name) for p in parameters if many and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return command(*first, *(value for rest in many for value in given.pop(rest)), **given)
+
+
+def _summary(command: Callable[..., Any]) -> str:
+    """What a function does, without the parts of its documentation that help shows beside each argument."""
+    return re.split(r"\n\s*(?:Args|Returns|Raises):", inspect.getdoc(command) or "")[0]
+
+
+def _described(command: Callable[..., Any], name: str) -> str:
+    """What the documentation of a function says of an argument."""
+    description = re.search(rf"\n *{name}: (.+?)(?=\n *\w+: |\n\n|\Z)", inspect.getdoc(command) or "", re.DOTALL)
+    return " ".join(description[1].split()) if description else ""
 
 
 def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level; lists stay as they are."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            found |= dotted(value, f"{prefix}{name}.")
+            flat |= dotted(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def short(name: str) -> str:
+    """The last part of a dotted name; "seed" for seed_everything."""
+    return name.rsplit(".", 1)[-1].removesuffix("_everything")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svf_lightning.errors import bad_value
 
-BLOCK = 2**19  # entries of W_Q that are factorized at a time: what they take in between stays in a core's cache
+BLOCK = 2**19  # entries of W_Q per block: the intermediate results of a block stay in a core's cache
 
 
 class FactorizationError(ArithmeticError):
@@ -123,20 +123,20 @@ class AttentionHeads:
         """
         W_Q, W_K = self.factors()
         n_head, n_model = W_Q.shape[-2:]
-        if n_head >= n_model:  # the core is already as small as it gets: [D, D] with D <= H
+        if n_head >= n_model:  # D <= H: the core is [D, D] already
             core = (W_Q.mT @ W_K) * self.scale
             return HeadSVD(*verified_svd(core))
         flat_Q, flat_K = W_Q.reshape(-1, n_head, n_model), W_K.reshape(-1, n_head, n_model)
-        found = HeadSVD(*(flat_Q.new_empty(len(flat_Q), *s) for s in ((n_model, n_head), (n_head,), (n_model, n_head))))
+        svd = HeadSVD(*(flat_Q.new_empty(len(flat_Q), *s) for s in ((n_model, n_head), (n_head,), (n_model, n_head))))
         per_block = max(1, BLOCK // (n_head * n_model))
         for start in range(0, len(flat_Q), per_block):
             block = slice(start, start + per_block)
-            q, k, out = flat_Q[block], flat_K[block], HeadSVD(*(part[block] for part in found))
+            q, k, out = flat_Q[block], flat_K[block], HeadSVD(*(part[block] for part in svd))
             rest = ~_svd_from_gram(q, k, self.scale, out)
             if bool(rest.any()):
                 for part, exact in zip(out, _svd_from_qr(q[rest], k[rest], self.scale), strict=True):
                     part[rest] = exact
-        return HeadSVD(*(part.reshape(*W_Q.shape[:-2], *part.shape[1:]) for part in found))
+        return HeadSVD(*(part.reshape(*W_Q.shape[:-2], *part.shape[1:]) for part in svd))
 
     def bilinear(self, x: Float[Tensor, "... D P"], y: Float[Tensor, "... D P"]) -> Float[Tensor, "... P"]:
         """``x_p^T Omega y_p`` for P pairs of columns, without the biases: the logit that the pair (x, y) gets."""
@@ -206,7 +206,7 @@ def _svd_from_gram(
         M = torch.linalg.solve_triangular(L.mT, small, upper=True).to(W)
         torch.matmul(W.mT, M, out=basis)
         M = M.double()
-        # In head space, where it is cheap: are the columns of W^T M orthonormal, and can rounding have grown in W^T M?
+        # A cheap check in head space: W^T M has orthonormal columns, and rounding has not grown in it.
         accurate &= (M.mT @ gram @ M - identity).abs().amax((-2, -1)) <= 64 * eps
         accurate &= gram.diagonal(dim1=-2, dim2=-1).sum(-1) * M.square().sum(-2).amax(-1) <= (16**2) * S.shape[-1]
         rows.append(L.mT @ M)

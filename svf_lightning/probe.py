@@ -97,8 +97,9 @@ class Probe:
         pair_logits: Target logit T_ij of each pair [..., P].
         queries: Observed queries [*feature_dims, n, D] (optional).
         keys: Observed keys [*feature_dims, n, m, D] (optional).
-        attended_queries: Queries [*feature_dims, n, D] of n query-key pairs whose attention is looked at (optional).
-        attended_keys: Their keys, each minus the mean of the other keys that its query sees [*feature_dims, n, D].
+        attended_queries: Queries of the query-key pairs whose attention is looked at [*feature_dims, n_attended, D]
+            (optional).
+        attended_keys: Their keys, each minus the mean of the other keys that its query sees, of the same shape.
         scores: The scores of such pairs in singular coordinates, where the module knows better than ``x^T Omega y``
             (biases, rotary positions); leading dimensions ``batch_dims``.
         intervene: Runs the module on these pairs again with an amount taken off each head's score of the key, before
@@ -122,8 +123,8 @@ class Probe:
     pair_logits: Float[Tensor, "... P"] | None = None
     queries: Float[Tensor, "... n D"] | None = None
     keys: Float[Tensor, "... n m D"] | None = None
-    attended_queries: Float[Tensor, "... n D"] | None = None
-    attended_keys: Float[Tensor, "... n D"] | None = None
+    attended_queries: Float[Tensor, "... n_attended D"] | None = None
+    attended_keys: Float[Tensor, "... n_attended D"] | None = None
     scores: AttendedScores | None = None
     intervene: Intervene | None = None
     decompose: Decompose | None = None
@@ -179,8 +180,8 @@ class Probe:
 
     def _tensors(self) -> list[Tensor]:
         heads = (self.heads.W_Q, self.heads.W_K, self.heads.b_Q, self.heads.b_K) if self.heads else ()
-        own = (getattr(self, name) for name in _OBSERVED)
-        return [t for t in (*heads, *own) if t is not None]
+        observed = (getattr(self, name) for name in _OBSERVED)
+        return [t for t in (*heads, *observed) if t is not None]
 
     @cached_property
     def svd(self) -> HeadSVD:
@@ -264,7 +265,7 @@ class Probed(Protocol):
 def _copy_with(instance: _T, fields: Mapping[str, object]) -> _T:
     other = object.__new__(type(instance))
     vars(other).update(vars(instance), **fields)
-    vars(other).pop("svd", None)  # of the tensors that were replaced
+    vars(other).pop("svd", None)  # belongs to the tensors that were replaced
     return other
 
 
@@ -274,6 +275,6 @@ def _detached_copy(tensor: Tensor | None) -> Tensor | None:
 
 def _stack(tensors: Sequence[Tensor | None]) -> Any:
     present = [t for t in tensors if t is not None]
-    if len(present) == 1:  # no copy: heads of a real model are large
+    if len(present) == 1:  # not copied, as the heads of a real model are large
         return present[0][None]
     return torch.stack(present) if present else None

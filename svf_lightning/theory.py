@@ -86,7 +86,7 @@ def optimal_omega(
         raise bad_value("T.shape", tuple(T.shape), f"[..., {pairs[0]}, {pairs[1]}], from X and Y", "one row per x_i")
     _check_batch(X=X, T=T, Y=Y)
     left, right = _pinv(X, rtol).mT, _pinv(Y, rtol)
-    broken = ~torch.isfinite(T).flatten(-2).all(-1)  # an Inf would leave some entries finite
+    broken = ~torch.isfinite(T).flatten(-2).all(-1)  # an Inf would leave some entries finite, and the result wrong
     omega = (left @ T.double() @ right).masked_fill(broken[..., None, None], torch.nan)
     return omega.to(torch.promote_types(torch.promote_types(X.dtype, T.dtype), Y.dtype))
 
@@ -179,7 +179,7 @@ def token_covariance(tokens: Float[Tensor, "... n D"], *, centred: bool = True) 
         r = r - r.mean(-2, keepdim=True)  # before squaring: E[r^2] - E[r]^2 would cancel
     covariance = r.mT @ r / tokens.shape[-2]
     broken = ~torch.isfinite(tokens).flatten(-2).all(-1)
-    covariance = (covariance + covariance.mT) / 2  # a matrix product need not be symmetric in its last bit
+    covariance = (covariance + covariance.mT) / 2  # a matrix product may be asymmetric in its last bit
     return covariance.masked_fill(broken[..., None, None], torch.nan).to(tokens.dtype)
 
 
@@ -244,7 +244,7 @@ def attention_pressure(
     W, omega_, T = features.double(), omega.double(), template.double()
     to_key, to_query = omega_ @ W, omega_.mT @ W
     R = W.mT @ to_key - T
-    R = R.masked_fill(~torch.isfinite(R), torch.nan)  # an Inf would make the loss a number
+    R = R.masked_fill(~torch.isfinite(R), torch.nan)  # an Inf could cancel to a finite loss
     gradient = 2 * (to_key @ R.mT + to_query @ R)
     dtype = torch.promote_types(torch.promote_types(features.dtype, omega.dtype), template.dtype)
     return AttentionPressure(R.square().sum((-2, -1)).to(dtype), gradient.to(dtype))
@@ -332,7 +332,7 @@ def _truncated_svd(matrix: Float[Tensor, "... n m"], rtol: float | None) -> _Fac
     # to a largest entry of 1: neither squares nor inverses leave the range of a float then, at any scale of the input
     scale = wide.abs().amax((-2, -1)).clamp_min(torch.finfo(torch.float64).tiny)
     U, S, V = verified_svd(wide / scale[..., None, None])
-    zero = rtol * S[..., :1] >= S  # False for NaN, which goes on
+    zero = rtol * S[..., :1] >= S  # NaN compares False and passes through
     return _Factors(U, S, torch.where(zero, 0.0, 1 / S), V, scale, rtol)
 
 

@@ -124,25 +124,25 @@ class SparseAttention(Metric):
     ) -> None:
         """Add pairs; see :func:`svf_lightning.metrics.measure_sparsity` for the arguments."""
         self.rank = query.shape[-1]
-        found = measure_sparsity(query, key, direction, S, n_draws=self.n_draws, seed=self.seed)
+        measured = measure_sparsity(query, key, direction, S, n_draws=self.n_draws, seed=self.seed)
         per_pair = {
-            "score": found.score,
-            "sparseness": found.sparseness,
-            "sparseness_shared_rotation": found.shared.mean(-1),
-            "sparseness_independent_rotation": found.independent.mean(-1),
-            "n_recon": found.n_recon,
-            "top_index": found.top_index,
+            "score": measured.score,
+            "sparseness": measured.sparseness,
+            "sparseness_shared_rotation": measured.shared.mean(-1),
+            "sparseness_independent_rotation": measured.independent.mean(-1),
+            "n_recon": measured.n_recon,
+            "top_index": measured.top_index,
             "attention": attention,
         }
         for name, values in per_pair.items():
             if values is not None:
                 getattr(self, name).append(values.movedim(-1, 0))
-        scored = ~found.score.isnan()
-        contributions = torch.where(scored[..., None], found.contributions, 0).double()
+        scored = ~measured.score.isnan()
+        contributions = torch.where(scored[..., None], measured.contributions, 0).double()
         self.contribution_sum = self.contribution_sum + contributions.sum(-2)
         self.contribution_squares = self.contribution_squares + contributions.square().sum(-2)
         self.contribution_count = self.contribution_count + scored.sum(-1, keepdim=True)
-        for name, draws in (("shared_draws", found.shared), ("independent_draws", found.independent)):
+        for name, draws in (("shared_draws", measured.shared), ("independent_draws", measured.independent)):
             getattr(self, name).append(draws.movedim(-2, 0))
 
     def reset(self) -> None:

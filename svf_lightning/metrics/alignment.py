@@ -87,22 +87,22 @@ def align_pairs(
         relative_gap: Width of a block, as a fraction of the matched singular value.
     """
     index = match_pairs(left, right)
-    found = index >= 0
+    is_matched = index >= 0
     undefined = (left * right).isnan().any(-1)
     at = index.clamp_min(0)
     sigma = S.gather(-1, at)
     block = (S[..., None, :] - sigma[..., :, None]).abs() <= relative_gap * sigma[..., :, None]
 
-    def where_found(scores: Tensor) -> Tensor:
-        return scores.masked_fill(~found, 0).masked_fill(undefined, torch.nan)
+    def where_matched(scores: Tensor) -> Tensor:
+        return scores.masked_fill(~is_matched, 0).masked_fill(undefined, torch.nan)
 
     def pick(cosines: Tensor) -> Tensor:
-        return where_found(cosines.gather(-1, at[..., None]).squeeze(-1))
+        return where_matched(cosines.gather(-1, at[..., None]).squeeze(-1))
 
     def project(cosines: Tensor) -> Tensor:
-        return where_found((cosines.square() * block).sum(-1).sqrt().clamp_max(1))
+        return where_matched((cosines.square() * block).sum(-1).sqrt().clamp_max(1))
 
-    return PairAlignment(index, pick(left), pick(right), where_found(sigma), project(left), project(right))
+    return PairAlignment(index, pick(left), pick(right), where_matched(sigma), project(left), project(right))
 
 
 def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:

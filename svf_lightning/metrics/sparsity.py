@@ -68,7 +68,7 @@ def n_recon(v: Float[Tensor, "... R"]) -> Int[Tensor, "..."]:
     total = wide.sum(-1, keepdim=True)
     mirrored = torch.where(total < 0, -wide, wide)
     reached = mirrored.sort(-1, descending=True).values.cumsum(-1) >= total.abs()
-    reached[..., -1] = True  # all of them are the sum, whatever the rounding
+    reached[..., -1] = True  # all contributions together are the sum, whatever the rounding
     n = reached.to(torch.int8).argmax(-1) + 1
     return n.masked_fill(total.squeeze(-1) == 0, 0).masked_fill(v.isnan().any(-1), -1)
 
