@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from svf_lightning.quantities import Quantity
+
 if TYPE_CHECKING:
     import xarray as xr
 
-_DETAIL = re.compile(r"_sd$|_low/|_high/|^causal/.*/(1|2)$")
-_MEAN_ALONE = re.compile(  # what loggers get no extremes of, so that a run has at most about 100 names
-    r"(theory|sharing|heads)/|alignment/(unwhitened|nearest_)|orthogonality/(antipodal|dimensionality)$"
-    r"|spectrum/target_spearman$|sad/(attention|score|score_error|top_in_last_eighth)$"
-)
+Column = tuple[tuple[str, ...], np.ndarray]  # dimensions, values
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,14 @@ class Rows:
     """K captured steps, measured, on the CPU."""
 
     steps: np.ndarray  # int64 [K]
-    values: dict[str, tuple[tuple[str, ...], np.ndarray]]  # name -> (dimensions after "step", array [K, ...])
+    values: dict[str, Column]  # name -> (dimensions after "step", array [K, ...])
     batch_dims: tuple[str, ...]  # the probe's own, e.g. ("instance",)
-    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
+    coords: dict[str, Column] = field(default_factory=dict)
+    quantities: Mapping[str, Quantity] = field(default_factory=dict)  # what is known of the values, by name
+
+    def quantity(self, name: str) -> Quantity:
+        """What is known of a quantity; its name alone, if nothing is."""
+        return self.quantities.get(name) or Quantity(name=name)
 
     def scalars(self) -> dict[str, np.ndarray]:
         """The numbers with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
@@ -38,20 +41,26 @@ class Rows:
         }
 
     @classmethod
-    def read(cls, trajectory: xr.Dataset) -> Rows:
+    def read(cls, trajectory: xr.Dataset, quantities: Mapping[str, Quantity]) -> Rows:
         """The numbers in (some rows of) a trajectory, as they were measured; what has further dimensions is left."""
-        batch = trajectory.attrs["batch_dims"]
+        scalars = scalar_variables(trajectory)
+        values = {name: (tuple(map(str, v.dims[1:])), v.values) for name, v in scalars.items()}
+        return cls(trajectory["step"].values, values, trajectory.attrs["batch_dims"], quantities=quantities)
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Rows]) -> Rows:
+        """Chunks of rows as one."""
+        first = chunks[0]
         values = {
-            str(name): (tuple(map(str, variable.dims[1:])), variable.values)
-            for name, variable in trajectory.data_vars.items()
-            if variable.dims[1:] == batch[: variable.ndim - 1] and variable.dtype.kind in "biuf"
+            name: (dims, np.concatenate([chunk.values[name][1] for chunk in chunks]))
+            for name, (dims, _) in first.values.items()
         }
-        return cls(trajectory["step"].values, values, batch)
+        return replace(first, steps=np.concatenate([chunk.steps for chunk in chunks]), values=values)
 
     def of_instances(self, instances: slice) -> Rows:
         """The same rows of some instances; what no instance has of its own stays."""
 
-        def cut(dims: tuple[str, ...], values: np.ndarray, first: int) -> tuple[tuple[str, ...], np.ndarray]:
+        def cut(dims: tuple[str, ...], values: np.ndarray, first: int) -> Column:
             return (dims, values[(slice(None),) * first + (instances,)] if dims[:1] == ("instance",) else values)
 
         return replace(
@@ -64,7 +73,7 @@ class Rows:
         """What a logger gets: of every n-th training step and of the last one, mean, min and max over the batch.
 
         These are at most about 100 names, whatever the size of the model: details, and the extremes of what is looked
-        at less often, stay in the trajectory.
+        at less often, stay in the trajectory (``Quantity.logged``).
 
         Returns:
             (step, one dictionary) for each of these steps.
@@ -72,10 +81,11 @@ class Rows:
         picked = [k for k, step in enumerate(self.steps) if step % every == 0 or step == last]
         columns: dict[str, np.ndarray] = {}
         for name, values in self.scalars().items() if picked else ():
-            if is_detail(name):
+            logged = self.quantity(name).logged
+            if logged == "no":
                 continue
             columns[name], low, high = statistics(values[picked], self.batch_dims)
-            if values.ndim > 1 and not _MEAN_ALONE.match(name):
+            if values.ndim > 1 and logged == "extremes":
                 columns |= {f"{name}/min": low, f"{name}/max": high}
         return [
             (int(self.steps[k]), {name: float(column[row]) for name, column in columns.items()})
@@ -83,9 +93,16 @@ class Rows:
         ]
 
 
-def is_detail(name: str) -> bool:
-    """True for numbers that the trajectory and summary.json hold, and neither tables nor loggers show."""
-    return _DETAIL.search(name) is not None
+def scalar_variables(trajectory: xr.Dataset) -> dict[str, xr.DataArray]:
+    """The numbers in a trajectory that have no dimensions but the step and the first few of the module's own."""
+    batch = trajectory.attrs["batch_dims"]
+    return {
+        str(name): variable
+        for name, variable in trajectory.data_vars.items()
+        if variable.dims[:1] == ("step",)
+        and variable.dims[1:] == tuple(batch)[: variable.ndim - 1]
+        and variable.dtype.kind in "biuf"
+    }
 
 
 def statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,5 +114,5 @@ def statistics(values: np.ndarray, batch_dims: tuple[str, ...]) -> tuple[np.ndar
     if "instance" in batch_dims or not np.isnan(flat).any():
         return flat.mean(1), flat.min(1), flat.max(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a row that is NaN everywhere
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns about rows without a number
         return np.nanmean(flat, 1), np.nanmin(flat, 1), np.nanmax(flat, 1)

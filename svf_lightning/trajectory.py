@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,34 +22,63 @@ import torch
 
 from svf_lightning.errors import InputError
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
-from svf_lightning.run_dir import write_text
+from svf_lightning.quantities import ATTRIBUTE, Place, Quantity, as_json, attach, stored_quantities
+from svf_lightning.rows import Column, Rows
+from svf_lightning.run.directory import TRAJECTORY, write_text
 
 if TYPE_CHECKING:
     import xarray as xr
     import zarr
 
-FILE_NAME = "trajectory.zarr"
 _PARTS = "trajectory*.zarr"  # trajectory.zarr, and trajectory.rank1.zarr ... of further devices
 FORMAT = 1
 _METADATA = ".zmetadata"
+_MEASURED_BY = "measured_by"  # attribute: version and options of each metric callback
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
 _CHUNK_BYTES = 4 << 20
-_CAPACITY = 1 << 40  # rows that the arrays' own metadata announce; the consolidated metadata know how many there are
-
-Column = tuple[tuple[str, ...], np.ndarray]
+_CAPACITY = 1 << 40  # rows in the arrays' own metadata; the consolidated metadata have the true number
 
 
 class _Derivation(NamedTuple):
+    quantity: Quantity
     sources: tuple[str, ...]
-    dims: tuple[str, ...]  # trailing dimensions
     compute: Callable[..., torch.Tensor]
 
 
-_DERIVED = {
-    "cosine_left": _Derivation(("W", "U"), ("feature", "rank"), cosine_matrix),
-    "cosine_right": _Derivation(("W", "V"), ("feature", "rank"), cosine_matrix),
-    "gram": _Derivation(("W",), ("feature", "feature_2"), gram),
-    "dimensionality": _Derivation(("W",), ("feature",), feature_dimensionality),
+_COSINE: Any = {"unit": "|cosine|", "low": 0, "high": 1, "source": "Fig. 2a", "places": Place.SLIDER}
+_DERIVATIONS = (
+    _Derivation(
+        Quantity(
+            "cosine_left", "left singular vectors", "|cos(w_i, u_k)| of every feature with every left singular vector.",
+            dims=("feature", "rank"), **_COSINE,
+        ),
+        ("W", "U"), cosine_matrix,
+    ),
+    _Derivation(
+        Quantity(
+            "cosine_right", "right singular vectors",
+            "|cos(w_i, v_k)| of every feature with every right singular vector.", dims=("feature", "rank"), **_COSINE,
+        ),
+        ("W", "V"), cosine_matrix,
+    ),
+    _Derivation(
+        Quantity(
+            "gram", "cosines of the features", "G = X^T X of the unit features, signed.", symbol="G", unit="cosine",
+            low=-1, high=1, dims=("feature", "feature_2"), places=Place.NOWHERE, source="Fig. 1; method, section 3",
+        ),
+        ("W",), gram,
+    ),
+    _Derivation(
+        Quantity(
+            "dimensionality", "dimensions of a feature", "Elhage's D_i: 1/2 in an antipodal pair.", symbol="D_i",
+            low=0, high=1, dims=("feature",), places=Place.NOWHERE, source="Elhage et al. 2022",
+        ),
+        ("W",), feature_dimensionality,
+    ),
+)  # fmt: skip
+_DERIVED = {derivation.quantity.name: derivation for derivation in _DERIVATIONS}
+DERIVED_QUANTITIES = {
+    name: replace(derivation.quantity, provider="open_trajectory") for name, derivation in _DERIVED.items()
 }
 
 
@@ -80,7 +110,7 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     parts = [path] if path.suffix == ".zarr" else sorted(path.glob(_PARTS))
     parts = [part for part in parts if (part / _METADATA).is_file()]
     if not parts:
-        missing = path if path.suffix == ".zarr" else path / FILE_NAME
+        missing = path if path.suffix == ".zarr" else path / TRAJECTORY
         raise InputError(
             f"{missing} is not a trajectory. Allowed: a run directory with at least one captured row. "
             "Fix: pass the directory that `fit` or `replay` printed as its last line."
@@ -90,12 +120,22 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     steps = dataset["step"].values
     if (np.diff(steps) < 0).any():
         dataset = dataset.isel(step=np.argsort(steps, kind="stable"))
+    return attach(with_derived(dataset), {**stored_quantities(dataset), **DERIVED_QUANTITIES})
+
+
+def with_derived(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset with what can be derived from it, computed when it is looked at."""
     derived = {
         name: _derive(dataset, derivation)
         for name, derivation in _DERIVED.items()
         if all(source in dataset for source in derivation.sources)
     }
     return dataset.assign(derived)
+
+
+def derived_from(name: str) -> tuple[str, ...]:
+    """Names of what a quantity is derived from when a trajectory is opened; none for one that is stored."""
+    return _DERIVED[name].sources if name in _DERIVED else ()
 
 
 def trajectory_parts(run_dir: str | Path) -> list[Path]:
@@ -106,6 +146,13 @@ def trajectory_parts(run_dir: str | Path) -> list[Path]:
 def has_trajectory(run_dir: str | Path) -> bool:
     """True once a run directory holds a row, whichever device wrote it."""
     return bool(trajectory_parts(run_dir))
+
+
+def measured_by(part: Path) -> dict[str, Any] | None:
+    """Version and options of the metrics that measured a store's rows; None if it does not say."""
+    attributes = json.loads((part / _METADATA).read_text(encoding="utf-8"))["metadata"][".zattrs"]
+    metrics: dict[str, Any] | None = attributes.get(_MEASURED_BY)
+    return metrics
 
 
 def _open_part(path: Path) -> xr.Dataset:
@@ -119,6 +166,8 @@ def _open_part(path: Path) -> xr.Dataset:
         for pack, names in raw.attrs["packs"].items():
             columns |= {name: raw[pack].isel({f"{pack}:names": i}) for i, name in enumerate(names)}
         attributes = {"batch_dims": tuple(raw.attrs.get("batch_dims", ("instance",)))}
+        if ATTRIBUTE in raw.attrs:  # version 0.1.0 wrote none
+            attributes[ATTRIBUTE] = raw.attrs[ATTRIBUTE]
         return xr.Dataset(columns, coords={"step": raw["step"].load(), **coords}, attrs=attributes)
     except (KeyError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
@@ -128,12 +177,12 @@ def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
     """A variable that is computed when it is indexed, from those rows of its sources alone that are asked for."""
     import xarray as xr
     from xarray.backends import BackendArray
-    from xarray.core import indexing
+    from xarray.core import indexing  # not public, but xarray's guide to backends uses it
 
     sources = [dataset[name].variable for name in derivation.sources]
     batch_dims = max((source.dims[:-2] for source in sources), key=len)
     sizes = {**dataset.sizes, "feature_2": dataset.sizes["feature"]}
-    dims = batch_dims + derivation.dims
+    dims = batch_dims + derivation.quantity.dims
 
     class Derived(BackendArray):
         shape = tuple(sizes[d] for d in dims)
@@ -146,9 +195,11 @@ def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
             n = len(batch_dims)
             parts = []
             for source in sources:
-                own = len(source.dims) - 2
-                part = torch.tensor(source[key[:own]].values)
-                missing = sum(isinstance(k, slice) for k in key[own:n])  # heads have dimensions that features lack
+                n_leading = len(source.dims) - 2
+                part = torch.tensor(source[key[:n_leading]].values)
+                missing = sum(
+                    isinstance(k, slice) for k in key[n_leading:n]
+                )  # heads have more dimensions than features
                 parts.append(part.reshape(*part.shape[:-2], *(1,) * missing, *part.shape[-2:]))
             n_left = sum(isinstance(k, slice) for k in key[:n])
             rest: Any = (slice(None),) * n_left + key[n:]
@@ -164,11 +215,19 @@ class TrajectoryStore:
         run_dir: The run directory; the store is its ``trajectory.zarr``.
         rows_per_chunk: Rows of a storage chunk. Appending so that chunks fill up without a rest is fastest.
         rank: Number of the writing process, where several devices write: each has a store of its own.
+        metrics: Version and options of the metrics that measure (``run.identity.metric_identity``), to be kept.
     """
 
-    def __init__(self, run_dir: str | Path, *, rows_per_chunk: int = 128, rank: int = 0) -> None:
-        self.path = Path(run_dir) / (FILE_NAME if rank == 0 else f"trajectory.rank{rank}.zarr")
-        self.rows_per_chunk = rows_per_chunk
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        rows_per_chunk: int = 128,
+        rank: int = 0,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(run_dir) / (TRAJECTORY if rank == 0 else f"trajectory.rank{rank}.zarr")
+        self.rows_per_chunk, self._metrics = rows_per_chunk, metrics
         self._group: zarr.Group | None = None
         self._arrays: dict[str, Any] = {}
         self._metadata: dict[str, Any] = {}
@@ -184,49 +243,45 @@ class TrajectoryStore:
         """True once a row was written."""
         return self._group is not None or (self.path / _METADATA).is_file()
 
-    def append(
-        self,
-        columns: Mapping[str, Column],
-        coords: Mapping[str, Column] | None = None,
-        batch_dims: tuple[str, ...] = ("instance",),
-    ) -> None:
+    def append(self, rows: Rows, include: Collection[str] | None = None) -> None:
         """Write rows and make them visible together.
 
         Args:
-            columns: By name: (dimensions after ``step``, values [K, ...]). "step" must be among them, ascending.
-                What open_trajectory derives is left out.
-            coords: Labels without a step dimension; taken from the first call only.
-            batch_dims: The module's own dimensions, as the probe names them; taken from the first call only.
+            rows: Ascending steps. Coordinates, batch dimensions and what is known of the quantities are taken from the
+                first call only. What open_trajectory derives is left out.
+            include: Names of the quantities to keep; None for all.
 
         Raises:
-            InputError: Names or shapes differ from those of the rows already there.
+            InputError: Names or shapes differ from those of the rows already there, or a dimension has two sizes.
         """
         kept = {
             name: column
-            for name, column in columns.items()
-            if name not in _DERIVED or not all(source in columns for source in _DERIVED[name].sources)
+            for name, column in rows.values.items()
+            if (include is None or name in include)
+            and (name not in _DERIVED or not all(source in rows.values for source in _DERIVED[name].sources))
         }
-        steps = kept.pop("step")[1]
-        packs = _pack(kept)
         if not self.exists:
-            self._create(packs, kept, coords or {}, batch_dims)
-        group = self._open()
-        stored: Any = group.attrs["packs"]
-        known = {pack: (tuple(names), self._arrays[pack].shape[2:]) for pack, names in stored.items()}
-        offered = {pack: (tuple(names), kept[names[0]][1].shape[1:]) for pack, names in packs.items()}
-        if known != offered:
+            self._create(_pack(kept), kept, rows)
+        packs: Any = self._open().attrs["packs"]
+        stored = {
+            name: (self._arrays[pack].shape[2:], self._arrays[pack].dtype)
+            for pack, names in packs.items()
+            for name in names
+        }
+        if stored != {name: (values.shape[1:], values.dtype) for name, (_, values) in kept.items()}:
             raise InputError(
                 f"{self.path} holds other quantities than this run measures. Fix: resume with the sizes and the "
                 "callbacks of the first run, or start a new run."
             )
-        rows = slice(self._n_rows, self._n_rows + len(steps))
+        steps = rows.steps
+        at = slice(self._n_rows, self._n_rows + len(steps))
         for pack, names in packs.items():
             values = (
                 np.stack([kept[name][1] for name in names], axis=1) if len(names) > 1 else kept[names[0]][1][:, None]
             )
-            self._arrays[pack][rows] = values
-        self._arrays["step"][rows] = steps
-        self._commit(rows.stop)
+            self._arrays[pack][at] = values
+        self._arrays["step"][at] = steps
+        self._commit(at.stop)
 
     def truncate(self, before_step: int) -> None:
         """Forget the rows of ``before_step`` and later, as a run that goes on from there will write them again."""
@@ -234,19 +289,21 @@ class TrajectoryStore:
         steps = self._arrays["step"][: self._n_rows]
         self._commit(int(np.searchsorted(steps, before_step)))
 
-    def _create(
-        self,
-        packs: Mapping[str, list[str]],
-        columns: Mapping[str, Column],
-        coords: Mapping[str, Column],
-        batch_dims: tuple[str, ...],
-    ) -> None:
+    def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], rows: Rows) -> None:
         import zarr
         from numcodecs import Blosc
 
+        _check_sizes({**columns, **{name: (dims, v[None]) for name, (dims, v) in rows.coords.items()}})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
-        group.attrs.update(format=FORMAT, packs=dict(packs), labels=list(coords), batch_dims=batch_dims)
+        known = {name: q for name, q in rows.quantities.items() if name in columns or name in rows.coords}
+        group.attrs.update(
+            {ATTRIBUTE: as_json(known), **({_MEASURED_BY: self._metrics} if self._metrics is not None else {})},
+            format=FORMAT,
+            packs=dict(packs),
+            labels=list(rows.coords),
+            batch_dims=rows.batch_dims,
+        )
         layout = {
             pack: (
                 (len(names), *columns[names[0]][1].shape[1:]),
@@ -264,10 +321,10 @@ class TrajectoryStore:
                 order="F",  # time runs fastest inside a chunk: neighbouring steps differ little, so this packs best
                 compressors=Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE),
                 fill_value=None,
-                config={"write_empty_chunks": True},  # else every chunk is first compared with the fill value
+                config={"write_empty_chunks": True},  # without it, every chunk is first compared with the fill value
                 attributes={"_ARRAY_DIMENSIONS": ["step", *dims]},
             )
-        for name, (dims, values) in coords.items():
+        for name, (dims, values) in rows.coords.items():
             array = group.create_array(
                 name,
                 shape=values.shape,
@@ -314,6 +371,20 @@ def _chunk_shape(n_rows: int, shape: tuple[int, ...], itemsize: int) -> tuple[in
             break
         chunk[axis] = 1
     return tuple(chunk)
+
+
+def _check_sizes(columns: Mapping[str, Column]) -> None:
+    """Refuse what no reader could open: a dimension that has one size in one quantity and another size in another."""
+    first: dict[str, tuple[str, int]] = {}
+    for name, (dims, values) in columns.items():
+        for dim, size in zip(dims, values.shape[1:], strict=True):
+            other, known = first.setdefault(dim, (name, size))
+            if size != known:
+                raise InputError(
+                    f"the dimension {dim!r} has size {known} in {other!r} and {size} in {name!r}. Allowed: one size "
+                    "for each name of a dimension. Fix: give the dimension of one of them another name, in the "
+                    "quantity's dims."
+                )
 
 
 def _pack(columns: Mapping[str, Column]) -> dict[str, list[str]]:
