@@ -69,14 +69,14 @@ class Claim:
 
     def conditions(self) -> list[tuple[str, str, float] | None]:
         """The conditions in ``among``: (metric, relation, number); None for one that cannot be read."""
-        found: list[tuple[str, str, float] | None] = []
+        conditions: list[tuple[str, str, float] | None] = []
         for part in self.among.split(" and ") if self.among else []:
             match = re.fullmatch(r"\s*(\S+) (<|<=|>|>=) (\S+)\s*", part)
             try:
-                found.append((match[1], match[2], float(match[3])) if match else None)
+                conditions.append((match[1], match[2], float(match[3])) if match else None)
             except ValueError:
-                found.append(None)
-        return found
+                conditions.append(None)
+        return conditions
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Verdict:
     measured: float | None
     threshold: float | None
     holds: bool | None
-    rule: str  # what was compared, in symbols
+    rule: str  # the comparison in symbols
     needed: str  # the same without the metric's name, for a table
 
     def as_dict(self) -> dict[str, object]:
@@ -146,10 +146,10 @@ def _among(claim: Claim, metrics: Mapping[str, np.ndarray]) -> np.ndarray | None
     """Which instances the claim is about; None for all."""
     chosen: np.ndarray | None = None
     for condition in claim.conditions():
-        assert condition is not None  # checked when the claim was made
+        assert condition is not None  # __post_init__ has checked it
         name, relation, number = condition
         holds = _RELATIONS[relation](metrics.get(name, np.empty(0)), number)
-        if chosen is not None and len(chosen) != len(holds):  # a metric that was not measured
+        if chosen is not None and len(chosen) != len(holds):  # the metric was not measured
             return np.empty(0, dtype=bool)
         chosen = holds if chosen is None else chosen & holds
     return chosen

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, reason
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
+REPORT = "report.html"
+TRAJECTORY = "trajectory.zarr"
 
 
 def new_run_dir(experiment: str, root: Path) -> Path:
@@ -37,7 +40,7 @@ def check_free(run_dir: Path) -> None:
     """
     if run_dir.is_file():
         raise InputError(f"run_dir {run_dir} is a file. Allowed: a directory. Fix: choose another --run_dir.")
-    if run_dir.is_dir() and any((run_dir / name).exists() for name in (CONFIG, SUMMARY, "trajectory.zarr")):
+    if run_dir.is_dir() and any((run_dir / name).exists() for name in (CONFIG, SUMMARY, TRAJECTORY)):
         raise InputError(
             f"run_dir {run_dir} already holds a run. Allowed: a directory without one. Fix: choose another --run_dir, "
             f"or go on with that run: --ckpt_path {run_dir / CHECKPOINTS / 'last.ckpt'}."
@@ -70,6 +73,26 @@ def owner_of(checkpoint: Path) -> Path | None:
     return run_dir if folder.absolute().name == CHECKPOINTS and (run_dir / CONFIG).is_file() else None
 
 
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run; empty if the directory has none.
+
+    Raises:
+        InputError: They cannot be read.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} cannot be read ({reason(error)}). Fix: the file is damaged; repeat the run."
+        ) from error
+    if not isinstance(config, Mapping):
+        raise InputError(f"{path} holds no settings. Fix: the file is damaged; repeat the run.")
+    return dict(config)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: a reader sees the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +120,7 @@ def _finite(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """What a run was made with: packages, Python, platform, and the commit of a source checkout."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    versions_of = {"python": platform.python_version(), "platform": platform.platform()}
     for package in (
         "svf-lightning",
         "torch",
@@ -111,10 +134,10 @@ def versions() -> dict[str, str]:
         "transformers",
     ):
         try:
-            found[package] = metadata.version(package)
+            versions_of[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    source = Path(__file__).resolve().parents[1]
+    source = Path(__file__).resolve().parents[2]
     if (source / ".git").exists():
         git = ["git", "-C", str(source)]
         try:
@@ -123,6 +146,6 @@ def versions() -> dict[str, str]:
                 [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
             )
         except (OSError, subprocess.SubprocessError):
-            return found
-        found["commit"] = commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
-    return found
+            return versions_of
+        versions_of["commit"] = commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    return versions_of

@@ -1,0 +1,1 @@
+"""What a run is: its directory, its settings and identity, its claims, its summary."""
