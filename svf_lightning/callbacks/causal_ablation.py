@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
+from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import contribution_order
 from svf_lightning.probe import Intervene, Probe
+from svf_lightning.quantities import ABLATION, Place, Quantity
 
 KINDS = ("top", "random", "spectrum")
-_Z = 1.96  # of a 95 % interval of a mean
+_WHICH = ("largest", "random others", "of the first pairs")
+_DETAILS = (1, 2)  # these numbers of contributions stay out of loggers and tables
+_IN_PANEL = 4
+_Z = 1.96  # standard errors in a 95 % interval
+
+
+def _of_n(n: int) -> list[Quantity]:
+    """What is measured for n removed contributions."""
+    logged: Any = "no" if n in _DETAILS else "mean"
+    quantities = []
+    for kind, which in zip(KINDS, _WHICH, strict=True):
+        of = f"{n} {which} off"
+        quantities += [
+            Quantity(
+                f"causal/{kind}/attention/{n}", f"change of attention, {of}",
+                "Change of the attention weight on the key, mean over heads and pairs.",
+                unit="weight", logged=logged, source="method, section 6",
+            ),
+            Quantity(
+                f"causal/{kind}/logit_difference/{n}", f"change of logit difference, {of}", "Mean over pairs.",
+                unit="nats", logged=logged, source="method, section 6", panel=ABLATION if n == _IN_PANEL else None,
+            ),
+        ]  # fmt: skip
+    for kind, which in zip(KINDS[1:], _WHICH[1:], strict=True):
+        name, label = f"causal/top_vs_{kind}/logit_difference", f"logit difference, {n} largest against {which}"
+        text = "Difference between the two changes of the logit difference, pair by pair"
+        quantities += [
+            Quantity(f"{name}/{n}", label, f"{text}, mean.", unit="nats", logged=logged, source="method, section 6"),
+            *(
+                Quantity(f"{name}_{end}/{n}", f"{label}, {words}", f"{text}: end of the 95 % interval of its mean.",
+                         unit="nats", logged="no", source="method, section 6")
+                for end, words in (("low", "lower end"), ("high", "upper end"))
+            ),
+        ]  # fmt: skip
+    return quantities
+
+
+_ARRAYS = (
+    Quantity("causal/attention", "change of attention", unit="weight", dims=("n_removed", "kind", "prompt"),
+             places=Place.NOWHERE),
+    Quantity("causal/logit_difference", "change of the logit difference", unit="nats",
+             dims=("n_removed", "kind", "prompt"), places=Place.NOWHERE),
+    Quantity("causal/layer_head", "heads of the task", "Index of the flattened heads.", dims=("causal_head",),
+             places=Place.NOWHERE),
+)  # fmt: skip
 
 
 class _Part(NamedTuple):
@@ -33,13 +78,8 @@ class CausalAblation(ProbeMetric):
     contributions, relative to the other keys, are removed in all of them at once, before the softmax. Which n of them:
     "top", those that contribute most; "random", n others at random; "spectrum", those of the n largest singular values.
 
-    Per step, for n in ``report``, with KIND one of the three:
-        causal/KIND/attention/n: change of the attention weight on the key, mean over heads and pairs;
-        causal/KIND/logit_difference/n: change of the logit difference, mean over pairs;
-        causal/top_vs_random/logit_difference/n, causal/top_vs_spectrum/logit_difference/n: mean difference between the
-        two changes, pair by pair, with its 95 % confidence interval over pairs (``_low``, ``_high``).
-
-    Arrays: causal/attention, causal/logit_difference [n_removed, kind, pair] and causal/layer_head [task_head].
+    Per step, for n in ``report``: changes of attention and of the logit difference, and how much more the "top" ones
+    change it than the others, pair by pair, with a 95 % confidence interval over pairs.
 
     Args:
         n_removed: Largest number of contributions to remove; 1 to this are all measured.
@@ -51,6 +91,8 @@ class CausalAblation(ProbeMetric):
         InputError: An option out of range.
     """
 
+    needs = "a language model"
+
     def __init__(
         self,
         n_removed: int = 8,
@@ -61,11 +103,12 @@ class CausalAblation(ProbeMetric):
         for name, value in (("n_removed", n_removed), ("n_task_heads", n_task_heads)):
             if value < 1:
                 raise bad_value(name, value, "an integer >= 1", "change the CausalAblation callback")
-        self.n_removed, self.n_task_heads, self.seed = n_removed, n_task_heads, seed
-        self.report = tuple(n for n in report if 1 <= n <= n_removed)
-        if not self.report:
+        self.n_removed, self.report, self.n_task_heads, self.seed = n_removed, report, n_task_heads, seed
+        self._reported = tuple(n for n in report if 1 <= n <= n_removed)
+        if not self._reported:
             raise bad_value("report", report, f"numbers in 1..{n_removed}", "change the CausalAblation callback")
         self._parts: list[_Part] = []
+        self.quantities = (*(q for n in self._reported for q in _of_n(n)), *_ARRAYS)
 
     def observe(self, probe: Probe) -> None:
         """Keep one part of the pairs, as the task's heads are known only when all parts were seen."""
@@ -84,7 +127,7 @@ class CausalAblation(ProbeMetric):
         )
 
     def measure(self, probe: Probe) -> Measurement:
-        """See the class for the names; nothing for a module that cannot be run again."""
+        """What removing contributions changes; nothing for a module that cannot be run again."""
         if not self._parts:
             return {}
         parts, self._parts = self._parts, []
@@ -93,32 +136,32 @@ class CausalAblation(ProbeMetric):
         generator = torch.Generator().manual_seed(self.seed)
         changes = [self._remove(part, heads, generator) for part in parts]
         on_key, difference = (torch.cat([change[i] for change in changes], dim=-1) for i in (0, 1))
-        found: dict[str, Tensor | Measured] = {}
-        for n in self.report:
+        measured: dict[str, Tensor] = {}
+        for n in self._reported:
             for i, kind in enumerate(KINDS):
-                found[f"causal/{kind}/attention/{n}"] = on_key[n - 1, i].mean()
-                found[f"causal/{kind}/logit_difference/{n}"] = difference[n - 1, i].mean()
+                measured[f"causal/{kind}/attention/{n}"] = on_key[n - 1, i].mean()
+                measured[f"causal/{kind}/logit_difference/{n}"] = difference[n - 1, i].mean()
             for i, kind in enumerate(KINDS[1:], start=1):
                 paired = difference[n - 1, 0] - difference[n - 1, i]
                 mean, half = paired.mean(), _Z * paired.std() / len(paired) ** 0.5
                 name = f"causal/top_vs_{kind}/logit_difference"
-                found |= {f"{name}/{n}": mean, f"{name}_low/{n}": mean - half, f"{name}_high/{n}": mean + half}
-        dims = ("n_removed", "kind", "pair")
-        return {
-            **{name: Measured(value[None], (), ()) for name, value in found.items() if isinstance(value, Tensor)},
-            "causal/attention": Measured(on_key[None], dims, ()),
-            "causal/logit_difference": Measured(difference[None], dims, ()),
-            "causal/layer_head": Measured(heads[None].to(torch.int32), ("causal_head",), ()),
+                measured |= {f"{name}/{n}": mean, f"{name}_low/{n}": mean - half, f"{name}_high/{n}": mean + half}
+        measured |= {
+            "causal/attention": on_key,
+            "causal/logit_difference": difference,
+            "causal/layer_head": heads.to(torch.int32),
         }
+        return {name: value[None] for name, value in measured.items()}
 
     def _remove(self, part: _Part, heads: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Changes of the attention on the key (mean over heads) and of the logit difference [n_removed, kind, pair]."""
-        own = part.contributions[heads].nan_to_num()  # a head that does not see the key has nothing to remove
+        # NaN where a head does not see the key: nothing to remove
+        contributions = part.contributions[heads].nan_to_num()
         on_key, difference = [], []
         for n in range(1, self.n_removed + 1):
             for kind in KINDS:
                 removed = torch.zeros_like(part.attention)
-                removed[heads] = own.gather(-1, chosen(own, n, kind, generator)).sum(-1)
+                removed[heads] = contributions.gather(-1, chosen(contributions, n, kind, generator)).sum(-1)
                 outcome = part.intervene(removed.view(*part.head_shape, -1))
                 change = outcome.attention.flatten(0, -2)[heads] - part.attention[heads]
                 on_key.append(change.mean(0))

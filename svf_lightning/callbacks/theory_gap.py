@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from svf_lightning.callbacks.capture import Measured, Measurement, ProbeMetric
+from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import align_pairs, cosine_matrix, unit_features
 from svf_lightning.probe import Probe
+from svf_lightning.quantities import Quantity
 from svf_lightning.theory import (
     alignment_bound,
     optimal_omega,
@@ -20,19 +22,13 @@ from svf_lightning.theory import (
     unwhitened,
 )
 
+_COSINE: Any = {"unit": "|cosine|", "low": 0, "high": 1, "logged": "mean"}
+
 
 class TheoryGap(ProbeMetric):
-    """Compares the head with the least-squares optimum Omega* for the current features (Theorem 1).
+    """Compares the head with the least-squares optimum Omega* for the current features (Theorem 1), per instance.
 
-    Per instance (or layer and head), cosines in [0, 1]:
-        theory/left, theory/right: the head's first singular vectors with those of Omega*; for a single pair these are
-        Sigma^-1 x_1 and Sigma^-1 y_1. theory/omega: Omega with Omega* (Frobenius), signed.
-        alignment/unwhitened: as alignment/matched, with Sigma u and Sigma v in place of u and v.
-        theory/predicted_cosine: mean over all features of cos(Sigma^-1 x, x); theory/bound: Kantorovich's lower
-        bound on it (Theorem 2). theory/cone_left, theory/cone_right: the first singular vectors with the mean of
-        the unit features, the axis of a cone; theory/cone_features: the template's features with that axis, mean.
-        theory/residual: overlap of the head's singular directions with the features that it should not respond to,
-        which Theorem 3 sends to 0 (mean of both sides).
+    Biases of the head are left out, as the theorems have none.
 
     Args:
         covariance: Where Sigma comes from when singular vectors are un-whitened: "exact" (W W^T), or "tokens" (the
@@ -43,17 +39,66 @@ class TheoryGap(ProbeMetric):
         InputError: An unknown covariance, or no tokens to estimate it from.
     """
 
+    needs = "a head (not template=zero)"
+    quantities = (
+        Quantity(
+            "theory/left", "left vector against Theorem 1's",
+            "The head's first left singular vector with that of Omega*; for a single pair, with Sigma^-1 x_1.",
+            **_COSINE, better="higher", source="Theorem 1",
+        ),
+        Quantity(
+            "theory/right", "right vector against Theorem 1's",
+            "The head's first right singular vector with that of Omega*; for a single pair, with Sigma^-1 y_1.",
+            **_COSINE, better="higher", source="Theorem 1",
+        ),
+        Quantity(
+            "theory/omega", "head against the optimum", "Omega with Omega* (Frobenius).",
+            unit="cosine", low=-1, high=1, logged="mean", better="higher", source="Theorem 1",
+        ),
+        Quantity(
+            "theory/predicted_cosine", "Theorem 1's vector against its feature",
+            "cos(Sigma^-1 x, x), mean over all features: the alignment that the features alone allow.",
+            **_COSINE, source="Theorems 1, 2",
+        ),
+        Quantity(
+            "theory/bound", "lower bound on it", "Kantorovich's bound 2 sqrt(k) / (1 + k), k the condition of Sigma.",
+            **_COSINE, source="Theorem 2; method, section 4",
+        ),
+        Quantity(
+            "theory/cone_left", "left vector against the axis of the cone",
+            "The first left singular vector with the mean of the unit features.", **_COSINE, source="Appendix C",
+        ),
+        Quantity(
+            "theory/cone_right", "right vector against the axis of the cone",
+            "The first right singular vector with the mean of the unit features.", **_COSINE, source="Appendix C",
+        ),
+        Quantity(
+            "theory/cone_features", "attended features against the axis of the cone",
+            "The template's features with the mean of the unit features, mean.", **_COSINE, source="Appendix C",
+        ),
+        Quantity(
+            "theory/residual", "overlap with features not attended to",
+            "Of the head's directions with features that it should not respond to; Theorem 3 sends it to 0.",
+            low=0, high=1, logged="mean", better="lower", source="Theorem 3",
+        ),
+        Quantity(
+            "alignment/unwhitened", "alignment, un-whitened",
+            "As alignment/matched, with Sigma u and Sigma v for u and v; Sigma of the features, or of tokens.",
+            **_COSINE, better="higher", source="Theorem 1; method, section 4",
+        ),
+    )  # fmt: skip
+
     def __init__(self, covariance: Literal["exact", "tokens"] = "exact") -> None:
         if covariance not in ("exact", "tokens"):
             raise bad_value("covariance", covariance, "'exact' or 'tokens'", "change the TheoryGap callback")
         self.covariance = covariance
 
     def measure(self, probe: Probe) -> Measurement:
-        """See the class for the names; nothing without heads, features and target pairs."""
+        """The optimum of every step; nothing without heads, features and target pairs."""
         if probe.heads is None or probe.features is None or probe.pair_logits is None or len(probe.pairs) == 0:
             return {}
         W = probe.for_heads(probe.features)
-        svd = probe.svd
+        svd = replace(probe.heads, b_Q=None, b_K=None).svd() if probe.heads.has_bias else probe.svd
         T = W.new_zeros(*probe.pair_logits.shape[:-1], W.shape[-1], W.shape[-1])
         T[..., probe.pairs[:, 0], probe.pairs[:, 1]] = probe.pair_logits
         best = optimal_omega(W, T, W)
@@ -72,18 +117,15 @@ class TheoryGap(ProbeMetric):
         axis = _axis(W)
         predicted = alignment_bound(probe.features)
         residual = orthogonality_residual(W, omega, probe.pairs)
-        own = (probe.feature_dims or ())[1:]
         return {
             "theory/left": _cosine(first_u, U[..., :1]),
             "theory/right": _cosine(first_v, V[..., :1]),
             "theory/omega": agreement,
-            "theory/predicted_cosine": Measured(predicted.cosine.mean(-1), (), own),
-            "theory/bound": Measured(predicted.bound, (), own),
+            "theory/predicted_cosine": predicted.cosine.mean(-1),
+            "theory/bound": predicted.bound,
             "theory/cone_left": _cosine(first_u, axis),
             "theory/cone_right": _cosine(first_v, axis),
-            "theory/cone_features": Measured(
-                cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)), (), own
-            ),
+            "theory/cone_features": cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)),
             "theory/residual": (residual.query + residual.key) / 2,
             "alignment/unwhitened": (unwhite.left + unwhite.right).mean(-1) / 2,
         }

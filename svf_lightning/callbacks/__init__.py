@@ -2,7 +2,8 @@
 
 from svf_lightning.callbacks.attention_over_words import AttentionOverWords
 from svf_lightning.callbacks.attention_sparsity import AttentionSparsity
-from svf_lightning.callbacks.capture import Capture, Measured, Measurement, ProbeMetric, RowSink
+from svf_lightning.callbacks.base import Measured, Measurement, ProbeMetric, RowSink, quantities_of
+from svf_lightning.callbacks.capture import Capture
 from svf_lightning.callbacks.causal_ablation import CausalAblation
 from svf_lightning.callbacks.checkpoint_table import CheckpointTable
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
@@ -13,7 +14,7 @@ from svf_lightning.callbacks.sharing import HeadSharing, PairSharing
 from svf_lightning.callbacks.svd_alignment import SVDAlignment
 from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
-from svf_lightning.callbacks.trial_writer import TrialWriter
+from svf_lightning.quantities import Quantity
 from svf_lightning.rows import Rows
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "NearestFeature",
     "PairSharing",
     "ProbeMetric",
+    "Quantity",
     "RowSink",
     "Rows",
     "RunSummary",
@@ -36,5 +38,5 @@ __all__ = [
     "StepProgress",
     "TheoryGap",
     "TrajectoryWriter",
-    "TrialWriter",
+    "quantities_of",
 ]

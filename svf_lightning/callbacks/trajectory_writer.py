@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from svf_lightning.callbacks.capture import Capture, RowSink
+from svf_lightning.callbacks.base import Driver, RowSink
 from svf_lightning.errors import InputError
 from svf_lightning.rows import Rows
+from svf_lightning.run.identity import check_same_metrics, metric_identity
 from svf_lightning.trajectory import TrajectoryStore
 
 
@@ -33,22 +33,25 @@ class TrajectoryWriter(RowSink):
         """Open the store; on resume, forget what will be written again.
 
         Raises:
-            InputError: The directory holds the trajectory of another run.
+            InputError: The directory holds the trajectory of another run, or rows that were measured with other
+                options.
         """
         self._open(trainer, resume_at=trainer.global_step)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store."""
         self._open(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the store (stand-alone validation only)."""
-        if trainer.state.fn == "validate":
-            self._open(trainer)
-
     def _open(self, trainer: Trainer, resume_at: int = 0) -> None:
         run_dir = Path(self.run_dir or trainer.default_root_dir)
-        store = TrajectoryStore(run_dir, rows_per_chunk=Capture.of(trainer).chunk, rank=trainer.global_rank)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        store = TrajectoryStore(
+            run_dir,
+            rows_per_chunk=Driver.of(trainer).chunk,
+            rank=trainer.global_rank,
+            metrics=metric_identity(callbacks),
+        )
+        check_same_metrics(run_dir, callbacks)
         if store.exists and not self.add:
             if resume_at == 0:
                 raise InputError(f"{run_dir} already holds a run's trajectory. Fix: use another run directory.")
@@ -58,7 +61,4 @@ class TrajectoryWriter(RowSink):
     def consume(self, rows: Rows) -> None:
         """Append one chunk."""
         assert self._store is not None
-        values: dict[str, Any] = {
-            name: value for name, value in rows.values.items() if self.include is None or name in self.include
-        }
-        self._store.append({"step": ((), rows.steps), **values}, rows.coords, rows.batch_dims)
+        self._store.append(rows, self.include)

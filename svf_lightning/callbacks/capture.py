@@ -9,89 +9,32 @@ never by the clock.
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from svf_lightning.errors import DivergedError, InputError, bad_value
+from svf_lightning.callbacks.base import Driver, Measured, ProbeMetric, RowSink, Status, class_path, quantities_of
+from svf_lightning.errors import DivergedError, InputError
 from svf_lightning.metrics import InstanceMean
-from svf_lightning.probe import Probe, Probed
+from svf_lightning.probe import Probe
+from svf_lightning.quantities import Quantity
 from svf_lightning.rows import Rows, statistics
+from svf_lightning.run.settings import CaptureOptions, Run
+from svf_lightning.terminal import say
 from svf_lightning.trajectory import open_trajectory
 
-if TYPE_CHECKING:
-    pass
-
-_BLOCK_BYTES = 1 << 20  # of probes measured in one call: with all intermediate results about a core's cache
+_BLOCK_BYTES = 1 << 20  # bytes of probes per call: with all intermediate results this fills about one core's cache
 _LOSS_PREFIX = "loss/"
-_LABEL = np.dtype("<U64")  # of one width, so that rows can be appended
-
-
-class Measured(NamedTuple):
-    """A measured quantity with dimensions of its own, after those of the probe: values [step, *batch_dims, *dims]."""
-
-    values: Tensor
-    dims: tuple[str, ...] = ()
-    batch_dims: tuple[str, ...] | None = None  # those of the probe's (without step) that it has; None for all
-
-
-Measurement = Mapping[str, Tensor | Measured]
-
-
-class ProbeMetric(Callback, ABC):
-    """A callback that measures probes. Subclasses say what; :class:`Capture` says when, logs it and stores it.
-
-    Looks at the probe alone, so it works on any module that has one.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make sure that there is something to look at, and someone to say when.
-
-        Raises:
-            InputError: The module has no ``probe()``.
-        """
-        if not isinstance(pl_module, Probed):
-            raise InputError(
-                f"{type(self).__name__} looks at the probe of a module, and {type(pl_module).__name__} has none. "
-                "Fix: give it a method probe() -> svf_lightning.probe.Probe."
-            )
-        Capture.of(trainer)
-
-    def observe(self, probe: Probe) -> None:
-        """Add up what the i-th of n parts of a step shows (``probe.part``); :meth:`measure` follows after the last."""
-
-    @abstractmethod
-    def measure(self, probe: Probe) -> Measurement:
-        """Measure a probe whose leading dimensions are ("step", *batch).
-
-        Must not draw from the global random generators, nor change the probe.
-
-        Returns:
-            By name: values with the probe's leading dimensions (or the first few of them), or :class:`Measured` with
-            further named ones.
-        """
-
-
-class RowSink(Callback, ABC):
-    """A callback that takes measured rows, in order, chunk by chunk."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make sure that someone hands rows on."""
-        Capture.of(trainer)
-
-    @abstractmethod
-    def consume(self, rows: Rows) -> None:
-        """Take one chunk of rows; every row is whole."""
+_TOTAL = "loss/total"
+_LABEL = np.dtype("<U64")  # fixed width, so that rows can be appended
 
 
 class _Pending:
@@ -115,32 +58,25 @@ class _Pending:
                 self.losses[name] = mean.mean().to(value.dtype)
 
 
-class Capture(Callback):
+class Capture(Driver, default=True):
     """Drives the metric callbacks of a run; there is one per trainer (added with its defaults if not given).
 
     The first step and the last one are always captured.
 
     Args:
-        every_n_steps: Capture every n-th training step.
-        log_spaced: Capture about this many steps per factor of ten instead (0: off).
-        chunk: Rows that are measured and written together.
+        options: The fields of :class:`svf_lightning.run.settings.CaptureOptions`, by name. Those that are not given
+            are the run's (``--capture.every_n_steps=10``).
 
     Raises:
         InputError: An option out of range.
     """
 
-    def __init__(self, every_n_steps: int = 1, log_spaced: int = 0, chunk: int = 128) -> None:
-        for name, value, low in (
-            ("every_n_steps", every_n_steps, 1),
-            ("log_spaced", log_spaced, 0),
-            ("chunk", chunk, 1),
-        ):
-            if value < low:
-                raise bad_value(name, value, f"an integer >= {low}", "change the Capture callback")
-        self.every_n_steps, self.log_spaced, self.chunk = every_n_steps, log_spaced, chunk
+    def __init__(self, **options: Any) -> None:
+        self.options = CaptureOptions(**options)
         self.last: Rows | None = None
         self._metrics: list[ProbeMetric] = []
         self._sinks: list[RowSink] = []
+        self._quantities: dict[str, Quantity] = {}
         self._pending: _Pending | None = None
         self._buffer: list[_Pending] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -149,39 +85,32 @@ class Capture(Callback):
         self._diverged: set[tuple[int, ...]] = set()
         self._n_rows = 0
 
-    @staticmethod
-    def of(trainer: Trainer) -> Capture:
-        """The trainer's Capture; one with default options joins its callbacks if there is none."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, Capture):
-                return callback
-        capture = Capture()
-        # before the checkpoint callbacks, so that a row is whole when a checkpoint is written
-        at = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
-        callbacks.insert(at, capture)
-        return capture
+    def join(self, run: Run) -> None:
+        """Take the run's options.
 
-    def is_scheduled(self, step: int) -> bool:
-        """True if the schedule captures this training step."""
-        if self.log_spaced:
-            # a step is captured if the grid 10^(k / n) has a point in (step - 1, step]
-            return step == 0 or _grid_index(step, self.log_spaced) != _grid_index(step - 1, self.log_spaced)
-        return step % self.every_n_steps == 0
+        Raises:
+            InputError: They contradict those that were given here.
+        """
+        self.options = self.options.joined(run.capture)
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are measured and written together."""
+        return self.options.chunk
 
     # ---- hooks: training -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find who measures and who listens."""
-        self._open(trainer)
+        self._open(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the rows that a resumed run has already."""
-        self._n_rows = sum(self.is_scheduled(step) for step in range(trainer.global_step))
+        self._n_rows = sum(self.options.is_scheduled(step) for step in range(trainer.global_step))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe of this step, before the update."""
-        if self.is_scheduled(trainer.global_step):
+        if self.options.is_scheduled(trainer.global_step):
             self._pending = self._observe(pl_module)
 
     def on_train_batch_end(
@@ -190,7 +119,7 @@ class Capture(Callback):
         """Complete the row with the losses that the update came from."""
         if self._pending is not None:
             self._pending.set_losses(outputs)
-            if self._commit(trainer):  # for progress bars, and for callbacks that monitor a metric
+            if self._commit(trainer):  # progress bars and monitoring callbacks read these
                 pl_module.log_dict(self.latest_means(), logger=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -207,40 +136,15 @@ class Capture(Callback):
             self._pending.set_losses(current_losses())
         self._commit(trainer)
         self.close(trainer)
+        self._finish(trainer, pl_module, "finished")
 
     # ---- hooks: evaluation -----------------------------------------------------------------------------------------
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find who measures and who listens (stand-alone validation only)."""
-        if trainer.state.fn == "validate":
-            self._open(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find who measures and who listens."""
-        self._open(trainer)
+        self._open(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As for a test batch, in stand-alone validation."""
-        if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, n_done: int) -> None:
         """One row for each step that the module's probe stands for; batches of one step share a row.
 
         A row whose parts are counted (``probe.part``) is measured and written with its last part. A batch whose step
@@ -252,7 +156,7 @@ class Capture(Callback):
             probe = pl_module.probe()  # type: ignore[operator]
             if self._pending is None or int(self._pending.probe.step) != int(probe.step):
                 self._commit(trainer)
-                self._pending = _Pending(probe)  # nothing changes the weights: no copy
+                self._pending = _Pending(probe)  # an evaluation does not change the weights, so no copy is needed
             self._pending.average_losses(outputs)
             if probe.part is None:
                 return
@@ -262,12 +166,7 @@ class Capture(Callback):
             self._commit(trainer)
             self.flush(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish (stand-alone validation only)."""
-        if trainer.state.fn == "validate":
-            self.on_test_end(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_evaluation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish; where several devices share the work, when all have."""
         if self._pool is None:
             return
@@ -277,14 +176,17 @@ class Capture(Callback):
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 self._log_others(trainer)
+        self._finish(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the rows that are whole; the pending one is not."""
         self._pending = None
+        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         try:
             self.close(trainer)
+            self._finish(trainer, pl_module, "interrupted" if stopped else "failed")
         except Exception as error:  # the first exception is the one to report
-            print(f"svf-lightning: the last rows were lost: {error}", file=sys.stderr)  # noqa: T201
+            say(f"svf-lightning: the last rows were lost: {error}")
 
     # ---- the mechanism ---------------------------------------------------------------------------------------------
 
@@ -292,7 +194,7 @@ class Capture(Callback):
         """Measure, write and log the rows so far, and wait for it."""
         if self._flusher is not None:
             self._flusher.submit(self._flush, trainer).result()
-            torch.set_num_threads(self._n_threads)  # _use_one_thread also changed the default of threads yet to come
+            torch.set_num_threads(self._n_threads)  # _use_one_thread also changes the default of later threads
 
     def _flush(self, trainer: Trainer) -> None:
         """On a thread of its own: Ctrl-C stops the main thread anywhere, but a chunk that was begun is finished."""
@@ -316,11 +218,18 @@ class Capture(Callback):
             self._pool.shutdown()
             self._flusher = self._pool = None
 
-    def _open(self, trainer: Trainer) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> None:
+        """Tell the sinks that there will be no more rows; does nothing the second time."""
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks if status == "finished" or self.last is not None else ():
+            sink.finish(trainer, pl_module, status)
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._quantities = quantities_of(callbacks, pl_module)
         self._metrics = [c for c in callbacks if isinstance(c, ProbeMetric)]
         self._sinks = [c for c in callbacks if isinstance(c, RowSink)]
-        self._pending, self._buffer, self._diverged, self._n_rows = None, [], set(), 0
+        self._pending, self._buffer, self._diverged, self._n_rows, self.last = None, [], set(), 0, None
         self._n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._n_threads, "svf-measure", initializer=_use_one_thread)
         self._flusher = ThreadPoolExecutor(1, "svf-flush")
@@ -360,24 +269,23 @@ class Capture(Callback):
     @torch.inference_mode()
     def _measure(self, chunk: list[_Pending]) -> Rows:
         probe = Probe.stack([pending.probe for pending in chunk])
-        found: dict[str, Tensor | Measured] = {}
+        measured: dict[str, Tensor | Measured] = {}
         for name in sorted({name for pending in chunk for name in pending.losses}):
             present = next(p.losses[name] for p in chunk if name in p.losses)
             missing = torch.full_like(present, torch.nan)
-            found[name] = torch.stack([p.losses.get(name, missing) for p in chunk])
+            measured[name] = torch.stack([p.losses.get(name, missing) for p in chunk])
         for metric in self._metrics:
             for name, value in metric.measure(probe).items():
-                if name in found:
-                    raise InputError(f"two callbacks measure {name!r}. Fix: rename it in {type(metric).__name__}.")
-                found[name] = value
+                if name in measured:
+                    raise InputError(
+                        f"{class_path(type(metric))} measures {name!r}, which another callback has measured already. "
+                        f"Fix: rename it in {type(metric).__name__}."
+                    )
+                measured[name] = value
         batch = probe.batch_dims[1:]
         values = {}
-        for name, value in found.items():
-            if isinstance(value, Measured):
-                tensor = value.values
-                dims = (batch if value.batch_dims is None else value.batch_dims) + value.dims
-            else:
-                tensor, dims = value, batch[: value.ndim - 1]
+        for name, value in measured.items():
+            dims, tensor = self._placed(name, value, batch)
             values[name] = (dims, tensor.cpu().numpy())
         for name in chunk[0].probe.labels:
             values[name] = ((), np.array([pending.probe.labels[name] for pending in chunk], dtype=_LABEL))
@@ -385,7 +293,22 @@ class Capture(Callback):
             name: (dims, v.cpu().numpy() if isinstance(v, Tensor) else np.asarray(v))
             for name, (dims, v) in probe.coords.items()
         }
-        return Rows(np.asarray(probe.step), values, batch, coords)
+        return Rows(np.asarray(probe.step), values, batch, coords, self._quantities)
+
+    def _placed(self, name: str, value: Tensor | Measured, batch: tuple[str, ...]) -> tuple[tuple[str, ...], Tensor]:
+        """A value with the names of its dimensions after "step": the first few of the probe's, and its own."""
+        if isinstance(value, Measured):
+            dims, tensor = (batch if value.batch_dims is None else value.batch_dims) + value.dims, value.values
+        else:
+            declared = self._quantities[name].dims if name in self._quantities else ()
+            dims, tensor = batch[: max(0, value.ndim - 1 - len(declared))] + declared, value
+        if tensor.ndim != 1 + len(dims):
+            raise InputError(
+                f"{name!r} was measured with {tensor.ndim} dimensions, shape {tuple(tensor.shape)}. Allowed: step, the "
+                f"first few of {batch}, and those that its quantity declares. Fix: add "
+                f"Quantity({name!r}, dims=(...)) to the callback's quantities, or reduce the value."
+            )
+        return dims, tensor
 
     def _log(self, rows: Rows, trainer: Trainer) -> None:
         """One dictionary per logged step."""
@@ -399,10 +322,10 @@ class Capture(Callback):
     def _log_others(self, trainer: Trainer) -> None:
         """Log what the other devices measured: only the first one has a logger."""
         for path in sorted(Path(trainer.default_root_dir).glob("trajectory.rank*.zarr")):
-            self._log(Rows.read(open_trajectory(path)), trainer)
+            self._log(Rows.read(open_trajectory(path), self._quantities), trainer)
 
     def _check_finite(self, rows: Rows) -> None:
-        total = rows.scalars().get("loss/total")
+        total = rows.scalars().get(_TOTAL)
         if total is None:
             return
         bad = ~np.isfinite(total)
@@ -411,7 +334,7 @@ class Capture(Callback):
                 self._diverged.add(where)
                 step = rows.steps[bad[(slice(None), *where)].argmax()]
                 label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=False))
-                print(f"svf-lightning: {label} diverged: loss/total is not finite at step {step}", file=sys.stderr)  # noqa: T201
+                say(f"svf-lightning: {label} diverged: {_TOTAL} is not finite at step {step}")
         if bad[-1].all():
             raise DivergedError(f"every instance diverged by step {rows.steps[-1]}: lower the learning rate")
 
@@ -438,11 +361,3 @@ def _use_one_thread() -> None:
     """
     torch.get_num_threads()
     torch.set_num_threads(1)
-
-
-def _grid_index(step: int, per_decade: int) -> int:
-    """Number of points of the grid 10^(k / per_decade), k >= 0, that are <= step."""
-    if step < 1:
-        return 0
-    k = int(np.floor(per_decade * np.log10(step) + 1e-9))
-    return k + 1

@@ -1,0 +1,282 @@
+"""AttentionSparsity: are attention scores sparse in the singular basis of the heads?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svf_lightning.callbacks.base import Measurement, ProbeMetric
+from svf_lightning.errors import bad_value
+from svf_lightning.metrics import SparseAttention, SparsityOverPairs
+from svf_lightning.probe import AttendedScores, Probe
+from svf_lightning.quantities import SPARSENESS, TASK, TASK_PAIRS, TASK_SPARSENESS, Place, Quantity
+
+_FEW = 4  # "most heads need 1 to 4 singular pairs" (Fig. 9)
+_COMPARED = Place.TABLE | Place.COMPARISON
+_SPARSENESS: Any = {"unit": "S(v)", "low": 0, "high": 1, "symbol": "S(v)", "source": "Fig. 7b; method, section 6"}
+_KEPT: Any = {"needs": "its option keep_prompts=true, best in a replay of a language model", "places": Place.NOWHERE}
+_SHARE: Any = {"unit": "share", "low": 0, "high": 1}
+
+
+def _over_pairs(prefix: str, of: str, shown: Mapping[str, Mapping[str, Any]]) -> list[Quantity]:
+    """What is measured over the query-key pairs of one group of heads; ``shown``: where, by the end of the name."""
+    quantities = (
+        Quantity("attention", "attention on the key", "Attention weight on the attended key, mean.",
+                 unit="weight", low=0, high=1, logged="mean", source="Fig. 7b"),
+        Quantity("sparseness", "sparseness in the singular basis",
+                 "Rolls-Tovee S(v) of the relative contributions to the attended key's score, mean; 1/R for one pair.",
+                 **_SPARSENESS, better="lower"),
+        Quantity("sparseness_shared_rotation", "sparseness, shared rotation",
+                 "S(v) in a basis rotated at random, alike on both sides, so that scores stay what they are; mean.",
+                 **_SPARSENESS),
+        Quantity("sparseness_independent_rotation", "sparseness, independent rotation",
+                 "S(v) in bases rotated at random, each side by itself: spectrum kept, pairing broken; mean.",
+                 **_SPARSENESS),
+        Quantity("n_recon", "singular pairs that make up the score",
+                 "Smallest number of contributions that add up to the score, median over pairs.",
+                 symbol="N_recon", unit="count", low=0, source="Fig. 9"),
+        Quantity("n_recon_at_most_4", "scores made of 1 to 4 singular pairs",
+                 "Share of the query-key pairs whose N_recon is at most 4.", **_SHARE, source="Fig. 9"),
+        Quantity("score", "relative score", "Score of the attended key against the mean of the others, mean.",
+                 unit="nats", logged="mean", source="method, section 6"),
+        Quantity("top_in_last_eighth", "largest contribution at the end of the spectrum",
+                 "Share of the query-key pairs whose largest contributor is in the last eighth of the singular values.",
+                 **_SHARE, logged="mean", source="Fig. 8"),
+        *(
+            Quantity(f"sparseness_{kind}_rotation_sd", f"sparseness, {kind} rotation, spread",
+                     "Standard deviation over random rotations of the mean over pairs.", unit="S(v)", low=0,
+                     logged="no", source="Fig. 7b")
+            for kind in ("shared", "independent")
+        ),
+    )  # fmt: skip
+    if of:  # one value per step
+        quantities = tuple(replace(q, logged="mean" if q.logged == "extremes" else q.logged) for q in quantities)
+    return [replace(q, name=prefix + q.name, label=q.label + of, **shown.get(q.name, {})) for q in quantities]
+
+
+_OF_HEADS = _over_pairs(
+    "sad/", "",
+    {
+        "sparseness": {"panel": SPARSENESS, "colour": "purple", "places": _COMPARED},
+        "sparseness_shared_rotation": {"panel": SPARSENESS, "colour": "purple"},
+        "sparseness_independent_rotation": {"panel": SPARSENESS, "colour": "purple"},
+    },
+)  # fmt: skip
+_OF_TASK = _over_pairs(
+    "sad/task/", ", task's heads",
+    {
+        "attention": {"panel": TASK, "colour": "blue", "column": "attn"},
+        "sparseness": {
+            "panel": TASK_SPARSENESS, "colour": "green", "column": "S(v)", "places": _COMPARED | Place.PROGRESS,
+        },
+        "sparseness_shared_rotation": {
+            "panel": TASK_SPARSENESS, "colour": "orange", "column": "shared", "places": _COMPARED,
+        },
+        "sparseness_independent_rotation": {"panel": TASK_SPARSENESS, "colour": "purple", "column": "indep"},
+        "n_recon": {"panel": TASK_PAIRS},
+    },
+)  # fmt: skip
+_ATTENDING = _over_pairs("sad/attending/", ", attending heads", {"n_recon": {"panel": TASK_PAIRS, "column": "N_recon"}})
+
+
+class AttentionSparsity(ProbeMetric):
+    """Decomposes the scores of attended keys over singular pairs (Figs. 7 to 9; method, section 6).
+
+    Over the query-key pairs that the probe shows (prompts, for a language model): ``sad/NAME`` per instance, or per
+    layer and head. With attention weights also, one value per step: ``sad/task/NAME``, means over the ``n_task_heads``
+    heads with most attention on the key, and ``sad/attending/NAME``, over all (pair, head) with a weight of at least
+    ``attending``.
+
+    Args:
+        n_draws: Random rotations of each control.
+        seed: Seed of the rotations; they come from a generator of their own.
+        n_task_heads: Heads that count as the task's.
+        attending: Attention weight from which a head attends to the key, in (0, 1).
+        keep_prompts: Keep the values of every pair in the trajectory.
+        every_n_steps: In a training, measure every n-th step and the last one; the rows between hold NaN. The rotations
+            cost more than all other metrics together.
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    needs = "a head (not template=zero) and query-key pairs (of the toy model: --model.n_attended=64)"
+    quantities = (
+        Quantity(
+            "sad/accuracy", "accuracy", "Share of the prompts whose right answer has the larger next-token logit.",
+            unit="share", low=0, high=1, logged="mean", better="higher", source="Wang et al. 2022", column="accuracy",
+            panel=TASK, colour="vermillion", places=_COMPARED | Place.PROGRESS, needs="a language model (replay)",
+        ),
+        Quantity(
+            "sad/logit_difference", "logit difference", "Next-token logit of the right answer minus the wrong one's.",
+            unit="nats", logged="mean", better="higher", source="Wang et al. 2022", column="logits",
+            needs="a language model (replay)", places=_COMPARED,
+        ),
+        *_OF_HEADS,
+        Quantity(
+            "sad/score_error", "error of the decomposition",
+            "Largest difference of decomposed scores from the model's own, relative to the largest score.",
+            low=0, better="lower", logged="mean", source="method, section 5",
+        ),
+        *_OF_TASK,
+        *_ATTENDING,
+        Quantity("sad/attending/count", "(pair, head) that attend", "With at least half of the attention on the key.",
+                 unit="count", low=0, logged="mean"),
+        *(
+            Quantity(f"prompt/{name}", f"{label} of a prompt", unit=unit, dims=("prompt",), **_KEPT)
+            for name, label, unit in (
+                ("sparseness", "sparseness", "S(v)"),
+                ("sparseness_shared_rotation", "sparseness, shared rotation,", "S(v)"),
+                ("sparseness_independent_rotation", "sparseness, independent rotation,", "S(v)"),
+                ("score", "relative score", "nats"),
+                ("n_recon", "N_recon", "count"),
+                ("top_index", "index of the largest contributor", ""),
+                ("attention", "attention on the key", "weight"),
+                ("logit_difference", "logit difference", "nats"),
+            )
+        ),
+        Quantity("draw/shared", "sparseness in one shared rotation", unit="S(v)", dims=("draw",), **_KEPT),
+        Quantity("draw/independent", "sparseness in one independent rotation", unit="S(v)", dims=("draw",), **_KEPT),
+        Quantity("contribution/mean", "relative contribution of a singular pair", "Mean over query-key pairs.",
+                 symbol="c̃_k", unit="nats", dims=("rank",), **_KEPT, source="Fig. 7a"),
+        Quantity("contribution/sd", "its standard deviation", "Over query-key pairs.", unit="nats", low=0,
+                 dims=("rank",), **_KEPT, source="Fig. 7a"),
+        Quantity("task/layer_head", "heads of the task", "Index of the flattened heads, most attention first.",
+                 dims=("task_head",), needs="a language model (replay)", places=Place.NOWHERE),
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        n_draws: int = 16,
+        seed: int = 0,
+        n_task_heads: int = 3,
+        attending: float = 0.5,
+        keep_prompts: bool = True,
+        every_n_steps: int = 1,
+    ) -> None:
+        if every_n_steps < 1:
+            raise bad_value("every_n_steps", every_n_steps, "an integer >= 1", "change the AttentionSparsity callback")
+        self.every_n_steps = every_n_steps
+        if n_task_heads < 1:
+            raise bad_value("n_task_heads", n_task_heads, "an integer >= 1", "change the AttentionSparsity callback")
+        if not 0 < attending < 1:
+            raise bad_value("attending", attending, "a weight in (0, 1)", "change the AttentionSparsity callback")
+        self.n_draws, self.seed = n_draws, seed
+        self.n_task_heads, self.attending, self.keep_prompts = n_task_heads, attending, keep_prompts
+        SparseAttention(n_draws)  # raises if n_draws is out of range
+        self._seen: SparseAttention | None = None
+        self._errors: list[Tensor] = []
+        self._logit_differences: list[Tensor] = []
+
+    def observe(self, probe: Probe) -> None:
+        """Add one part of a step's query-key pairs."""
+        scores = probe.attended_scores
+        if scores is None:
+            return
+        if self._seen is None:
+            self._seen = self._metric()
+        _update(self._seen, scores)
+        if scores.error is not None:
+            self._errors.append(scores.error)
+        if scores.logit_difference is not None:
+            self._logit_differences.append(scores.logit_difference)
+
+    def measure(self, probe: Probe) -> Measurement:
+        """Sparseness and its controls; nothing without query-key pairs."""
+        if self._seen is None:
+            scores = probe.attended_scores
+            if scores is None:
+                return {}
+            steps = torch.as_tensor(probe.step).flatten()
+            due = steps % self.every_n_steps == 0
+            due[-1] = True  # the last step of each block too, so that a run's last step is always measured
+            metric = self._metric()
+            _update(metric, scores if due.all() else scores.at_steps(due))
+            measured = self._of_heads(metric.compute(), metric.rank)
+            return measured if due.all() else {name: _spread(value, due) for name, value in measured.items()}
+        seen, rank = self._seen.compute(), self._seen.rank  # all parts belong to one step
+        measured = self._of_heads(seen, rank)
+        if self._errors:
+            measured["sad/score_error"] = torch.stack(self._errors).amax(0)
+        if seen.attention is not None:
+            measured |= self._of_the_task(seen, rank)
+        if self._logit_differences:
+            difference = torch.cat(self._logit_differences)
+            measured["sad/logit_difference"] = difference.mean()
+            measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
+            if self.keep_prompts:
+                measured["prompt/logit_difference"] = difference
+        self._seen, self._errors, self._logit_differences = None, [], []
+        return {name: value[None] for name, value in measured.items()}
+
+    def _metric(self) -> SparseAttention:
+        # each device measures its own checkpoint, so there is nothing to gather
+        return SparseAttention(self.n_draws, self.seed, sync_on_compute=False)
+
+    def _of_heads(self, seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
+        """Statistics over the pairs of each head (or instance), and their values pair by pair."""
+        measured = {f"sad/{k}": v for k, v in _summary(seen, rank).items()}
+        draws = {"shared": seen.shared_draws, "independent": seen.independent_draws}
+        measured |= {f"sad/sparseness_{k}_rotation_sd": v.std(-1) for k, v in draws.items()}
+        if self.keep_prompts:
+            pairs = {name: getattr(seen, name) for name in SparseAttention.PER_PAIR}
+            measured |= {f"prompt/{k}": _small(v) for k, v in pairs.items() if v is not None}
+            measured |= {f"draw/{k}": v for k, v in draws.items()}
+            measured["contribution/mean"] = seen.contribution_mean
+            measured["contribution/sd"] = seen.contribution_sd
+        return measured
+
+    def _of_the_task(self, seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
+        """Of the heads with most attention on the key, and of all (pair, head) that attend to it."""
+        assert seen.attention is not None
+        flat = seen.each(lambda v: v.flatten(0, -2))  # [heads, pair]
+        assert flat.attention is not None
+        task = flat.attention.nanmean(-1).topk(min(self.n_task_heads, len(flat.attention))).indices
+        of_task = flat.each(lambda v: v[task])
+        measured = {f"sad/task/{name}": value.mean() for name, value in _summary(of_task, rank).items()}
+        for name, draws in (("shared", of_task.shared_draws), ("independent", of_task.independent_draws)):
+            measured[f"sad/task/sparseness_{name}_rotation_sd"] = draws.mean(0).std()
+        attends = flat.attention >= self.attending
+        attending = flat.at_pairs(attends)
+        measured |= {f"sad/attending/{name}": value for name, value in _summary(attending, rank).items()}
+        measured["sad/attending/count"] = attends.sum().to(flat.attention.dtype)
+        measured["task/layer_head"] = task.to(torch.int32)
+        return measured
+
+
+def _update(metric: SparseAttention, scores: AttendedScores) -> None:
+    metric.update(scores.query, scores.key, scores.direction, scores.S, scores.attention)
+
+
+def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
+    """Statistics over the last dimension, the pairs; pairs without a score (NaN) are left out."""
+    scored = seen.n_recon >= 0
+    n = scored.sum(-1).to(seen.sparseness.dtype)
+    n_recon = torch.where(scored, seen.n_recon.to(seen.sparseness.dtype), torch.nan)
+    summary = {
+        "sparseness": seen.sparseness.nanmean(-1),
+        "sparseness_shared_rotation": seen.sparseness_shared_rotation.nanmean(-1),
+        "sparseness_independent_rotation": seen.sparseness_independent_rotation.nanmean(-1),
+        "score": seen.score.nanmean(-1),
+        "n_recon": n_recon.nanquantile(0.5, dim=-1) if n_recon.shape[-1] else n * torch.nan,
+        "n_recon_at_most_4": (scored & (seen.n_recon <= _FEW)).sum(-1) / n,
+        "top_in_last_eighth": (seen.top_index >= rank - max(1, rank // 8)).sum(-1) / n,
+    }
+    if seen.attention is not None:
+        summary["attention"] = seen.attention.nanmean(-1)
+    return summary
+
+
+def _spread(values: Tensor, due: Tensor) -> Tensor:
+    """Values of the measured steps among rows of NaN (numbers that count: of -1)."""
+    rows = values.new_full((len(due), *values.shape[1:]), torch.nan if values.is_floating_point() else -1)
+    rows[due.to(rows.device)] = values
+    return rows
+
+
+def _small(values: Tensor) -> Tensor:
+    return values if values.is_floating_point() else values.to(torch.int16)

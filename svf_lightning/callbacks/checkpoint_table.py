@@ -1,0 +1,67 @@
+"""CheckpointTable: what a replay found, checkpoint by checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from svf_lightning.callbacks.base import RowSink, Status, quantities_of
+from svf_lightning.quantities import Quantity
+from svf_lightning.rows import Rows, scalar_variables, statistics
+from svf_lightning.run.ledger import Ledger
+from svf_lightning.terminal import console
+from svf_lightning.trajectory import has_trajectory, open_trajectory
+
+
+class CheckpointTable(RowSink):
+    """Prints one line per checkpoint of the run directory, whenever it was measured, and what went wrong.
+
+    The columns are the quantities that have a title for one (``Quantity.column``), as means over heads. Below it:
+    checkpoints that failed, with the reason, and steps whose weights are the same, bit for bit.
+    """
+
+    def consume(self, rows: Rows) -> None:
+        """Nothing: the table is of all that the directory holds."""
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> None:
+        """Print the table."""
+        if trainer.is_global_zero and status == "finished":
+            known = quantities_of(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
+            self.show(Path(trainer.default_root_dir), known)
+
+    def show(self, run_dir: Path, known: Mapping[str, Quantity]) -> None:
+        """Print the table of a run directory; ``known``: its quantities, by name."""
+        from rich.table import Table
+        from rich.text import Text
+
+        out = console()
+        if has_trajectory(run_dir):
+            trajectory = open_trajectory(run_dir)
+            scalars, batch_dims = scalar_variables(trajectory), trajectory.attrs["batch_dims"]
+            columns = {
+                q.column: statistics(scalars[name].values, batch_dims)[0]
+                for name, q in known.items()
+                if q.column and name in scalars
+            }
+            table = Table(title="Checkpoints", title_justify="left")
+            for title in ("step", *columns):
+                table.add_column(title, justify="right", no_wrap=True)
+            for k, step in enumerate(trajectory["step"].values):
+                table.add_row(f"{step:,}", *(f"{means[k]:.3f}" for means in columns.values()))
+            out.print(table)
+            for steps in _same_weights(trajectory["step"].values, trajectory["weight_hash"].values):
+                shown = ", ".join(f"{step:,}" for step in steps)
+                out.print(Text(f"steps {shown} have the same weights, bit for bit"), style="yellow")
+        for entry in Ledger(run_dir).entries():
+            if entry.status == "failed":
+                out.print(Text(f"step {entry.step:,} failed: {entry.error}"), style="red")
+
+
+def _same_weights(steps: object, hashes: object) -> list[list[int]]:
+    """Groups of steps with equal hashes."""
+    groups: dict[str, list[int]] = {}
+    for step, weight_hash in zip(steps, hashes, strict=True):  # type: ignore[call-overload]
+        groups.setdefault(str(weight_hash), []).append(int(step))
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,175 @@
+"""SVDAlignment: how the singular vectors of the heads align with the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svf_lightning.callbacks.base import Measurement, ProbeMetric
+from svf_lightning.errors import bad_value
+from svf_lightning.metrics import (
+    align_pairs,
+    cosine_matrix,
+    logit_fidelity,
+    n_significant,
+    sigma_ratio,
+    spearman,
+    stable_rank,
+)
+from svf_lightning.probe import Probe
+from svf_lightning.quantities import COSINES, SPECTRUM, Place, Quantity
+
+_COSINE: Any = {"unit": "|cosine|", "low": 0, "high": 1}
+_PAIR: Any = {"dims": ("pair",), "places": Place.NOWHERE}
+_VECTORS: Any = {"dims": ("d_model", "rank"), "places": Place.NOWHERE, "source": "method, section 5"}
+
+
+class SVDAlignment(ProbeMetric):
+    """Measures the heads' spectrum, and their singular vectors against the features (method, section 2).
+
+    Per instance (or layer and head). The spectrum of heads alone; with features and target pairs their alignment; with
+    three pairs or more the order of their singular values. The cosines of all features with all singular vectors follow
+    from ``U``, ``V`` and ``W``; open_trajectory computes them.
+
+    Args:
+        relative_gap: Singular values within this fraction of the matched one count as one block, in [0, 1).
+        significant: n_significant counts singular values above this fraction of the largest, in [0, 1).
+        keep_vectors: Keep U and V in the trajectory, where there are features (large for real models).
+
+    Raises:
+        InputError: An option out of range.
+    """
+
+    needs = "a head (not template=zero)"
+    quantities = (
+        Quantity(
+            "spectrum/sigma_1", "first singular value", "How strong the strongest singular pair of the head is.",
+            symbol="σ_1", unit="nats", low=0, source="Fig. 2b; method, section 2", panel=SPECTRUM, colour="green",
+        ),
+        Quantity(
+            "spectrum/sigma_2", "second singular value", "How strong the second singular pair is.",
+            symbol="σ_2", unit="nats", low=0, source="method, section 2", places=Place.NOWHERE,
+            panel=SPECTRUM, colour="orange",
+        ),
+        Quantity(
+            "spectrum/sigma_ratio", "second over first singular value", "0 for a head of rank one.",
+            symbol="σ_2/σ_1", low=0, high=1, source="Theorem 1", places=Place.TABLE | Place.COMPARISON,
+        ),
+        Quantity(
+            "spectrum/n_significant", "significant singular values",
+            "Singular values above a fraction of the largest (5 % by default).",
+            unit="count", low=0, source="method, section 2", places=Place.NOWHERE,
+        ),
+        Quantity(
+            "spectrum/stable_rank", "stable rank", "||Omega||_F^2 / sigma_1^2: singular values that count.",
+            low=1, source="method, section 2", places=Place.NOWHERE,
+        ),
+        Quantity(
+            "spectrum/target_spearman", "order of singular values against target logits",
+            "Spearman correlation of matched singular values with the target logits of their pairs.",
+            low=-1, high=1, better="higher", source="Fig. 2b", logged="mean",
+        ),
+        Quantity(
+            "alignment/matched", "alignment of singular vectors",
+            "Cosine of singular vectors with the features of their target pair, mean of left and right and over pairs.",
+            **_COSINE, better="higher", source="Figs. 2a, 3; method, section 2", panel=COSINES, colour="blue",
+            places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP,
+            change=Quantity(
+                "dynamics/t_align", "singular vectors are aligned",
+                "Step from which the alignment has covered 90 % of its way, and stays there.",
+                symbol="t_align", unit="steps", low=0, source="Fig. 3; method, section 3",
+            ),
+        ),
+        Quantity(
+            "alignment/matched_min", "alignment of the weakest pair",
+            "As alignment/matched, of the pair that aligns worst.", **_COSINE, better="higher", source="Fig. 2b",
+        ),
+        Quantity(
+            "alignment/left", "alignment of left singular vectors",
+            "Cosine of u with the query feature of its pair, mean over pairs.", **_COSINE, better="higher",
+            source="Fig. 2a", places=Place.NOWHERE,
+        ),
+        Quantity(
+            "alignment/right", "alignment of right singular vectors",
+            "Cosine of v with the key feature of its pair, mean over pairs.", **_COSINE, better="higher",
+            source="Fig. 2a", places=Place.NOWHERE,
+        ),
+        Quantity(
+            "alignment/subspace", "alignment with the singular subspace",
+            "Length of a unit feature's projection on the vectors of near-equal singular values, mean.",
+            **_COSINE, better="higher", source="method, section 2",
+        ),
+        Quantity(
+            "alignment/logit_fidelity", "logits as targeted",
+            "1 - mean |w_i^T Omega w_j - T_ij| / mean |T_ij|: 1 where each pair gets its target logit.",
+            high=1, better="higher", source="method, section 2",
+        ),
+        Quantity(
+            "singular_values", "singular value", "Singular values of the head, descending.",
+            symbol="σ_k", unit="nats", low=0, dims=("rank",), places=Place.NOWHERE, source="Fig. 2b",
+        ),
+        Quantity("U", "left singular vectors", "Their signs are free.", symbol="U", **_VECTORS),
+        Quantity("V", "right singular vectors", "Their signs are free.", symbol="V", **_VECTORS),
+        Quantity("pair/left", "left cosine of a pair", "|cos(w_i, u_k)| of a matched pair.", **_COSINE, **_PAIR),
+        Quantity("pair/right", "right cosine of a pair", "|cos(w_j, v_k)| of a matched pair.", **_COSINE, **_PAIR),
+        Quantity("pair/sigma", "matched singular value", symbol="σ", unit="nats", low=0, **_PAIR),
+        Quantity("pair/index", "matched singular index", "From 0; -1 for a pair that found none left.", **_PAIR),
+        Quantity("pair/logit", "logit of a pair", "w_i^T Omega w_j, the logit that the head gives it.",
+                 unit="nats", **_PAIR),
+    )  # fmt: skip
+
+    def __init__(self, relative_gap: float = 0.1, significant: float = 0.05, keep_vectors: bool = True) -> None:
+        for name, value in (("relative_gap", relative_gap), ("significant", significant)):
+            if not 0 <= value < 1:
+                raise bad_value(name, value, "a fraction in [0, 1)", "change the SVDAlignment callback")
+        self.relative_gap, self.significant, self.keep_vectors = relative_gap, significant, keep_vectors
+
+    def measure(self, probe: Probe) -> Measurement:
+        """One verified SVD of all heads; nothing without heads."""
+        if probe.heads is None:
+            return {}
+        svd = probe.svd
+        S = svd.S
+        measured: dict[str, Tensor] = {
+            "spectrum/sigma_1": S[..., 0],
+            "spectrum/sigma_ratio": sigma_ratio(S),
+            "spectrum/n_significant": n_significant(S, self.significant).to(S.dtype),
+            "spectrum/stable_rank": stable_rank(S),
+            "singular_values": S,
+        }
+        if S.shape[-1] > 1:
+            measured["spectrum/sigma_2"] = S[..., 1]
+        if probe.features is None:
+            return measured
+        if self.keep_vectors:
+            measured |= {"U": svd.U, "V": svd.V}
+        if len(probe.pairs) == 0:
+            return measured
+        features = probe.in_forms(probe.features)
+        query, key = (features[..., probe.pairs[:, side]] for side in (0, 1))
+        pairs = align_pairs(
+            cosine_matrix(query, svd.U), cosine_matrix(key, svd.V), S, relative_gap=self.relative_gap
+        )  # fmt: skip
+        matched = (pairs.left + pairs.right) / 2
+        plain = probe.for_heads(probe.features)  # without the bias coordinate
+        logit = probe.heads.bilinear(plain[..., probe.pairs[:, 0]], plain[..., probe.pairs[:, 1]])
+        measured |= {
+            "alignment/left": pairs.left.mean(-1),
+            "alignment/right": pairs.right.mean(-1),
+            "alignment/matched": matched.mean(-1),
+            "alignment/matched_min": matched.amin(-1),
+            "alignment/subspace": (pairs.subspace_left + pairs.subspace_right).mean(-1) / 2,
+            "pair/left": pairs.left,
+            "pair/right": pairs.right,
+            "pair/sigma": pairs.sigma,
+            "pair/index": pairs.index.to(torch.int32),
+            "pair/logit": logit,
+        }
+        if probe.pair_logits is None:  # proxy features of a real model have no target logits
+            return measured
+        measured["alignment/logit_fidelity"] = logit_fidelity(logit, probe.pair_logits)
+        if len(probe.pairs) >= 3:
+            measured["spectrum/target_spearman"] = spearman(pairs.sigma, probe.pair_logits)
+        return measured
