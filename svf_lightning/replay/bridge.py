@@ -37,7 +37,7 @@ def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") ->
     level = root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        root.setLevel(logging.ERROR)  # TransformerLens warns on the root logger about what the caller chose
+        root.setLevel(logging.ERROR)  # TransformerLens warns about the chosen processing, on the root logger
         try:
             model.set_attn_implementation("eager")
             bridge = build_bridge_from_module(model, architecture, hf_config=model.config)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svf_lightning.errors import CheckpointError, InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
 from svf_lightning.replay.model_files import (
     CONFIG,
     VOCABULARIES,
@@ -25,7 +25,6 @@ from svf_lightning.replay.model_files import (
     load_pretrained,
     load_tokenizer,
     no_bar,
-    one_line,
 )
 from svf_lightning.replay.source import (
     CheckpointRef,
@@ -78,26 +77,26 @@ class FolderCheckpoints(CheckpointSource):
         Raises:
             InputError: No checkpoints, two of one step, steps that are not there, or not a causal language model.
         """
-        found: dict[int, str] = {}
+        names: dict[int, str] = {}
         for path in sorted(path for path in self.folder.iterdir() if path.is_dir()):
             step = _step_of_folder(path.name)
-            if step is not None and step in found:
+            if step is not None and step in names:
                 raise InputError(
-                    f"folder={str(self.folder)!r} has two checkpoints of step {step}: {found[step]} and {path.name}. "
+                    f"folder={str(self.folder)!r} has two checkpoints of step {step}: {names[step]} and {path.name}. "
                     "Allowed: one per step. Fix: move one of them away."
                 )
             if step is not None:
-                found[step] = path.name
-        if not found and (self.folder / CONFIG).is_file():
-            found = {_step_of_folder(self._name) or 0: self._name}
-        if not found:
+                names[step] = path.name
+        if not names and (self.folder / CONFIG).is_file():
+            names = {_step_of_folder(self._name) or 0: self._name}
+        if not names:
             raise InputError(
                 f"folder={str(self.folder)!r} has no checkpoints: neither a {CONFIG} nor folders named step<N> or "
                 "checkpoint-<N>. Fix: point to the folder that holds them."
             )
-        refs = [CheckpointRef(step, found[step]) for step in select_steps(list(found), self.steps, name="steps")]
+        refs = [CheckpointRef(step, names[step]) for step in select_steps(list(names), self.steps, name="steps")]
         config = self._path(refs[0]) / CONFIG
-        with suppress(OSError):  # a damaged one is for load to report
+        with suppress(OSError):  # load reports a damaged one
             text = config.read_text(encoding="utf-8", errors="replace")
             if _is_json(text):
                 check_causal_lm(json.loads(text), self._where(refs[0]))
@@ -114,13 +113,13 @@ class FolderCheckpoints(CheckpointSource):
         """The tokenizer of the first checkpoint that has one, or else of the folder; read once."""
         if self._tokenizer is None:
             places = [(self._path(ref), self._where(ref)) for ref in self.refs()] + [(self.folder, self._name)]
-            found = next((place for place in places if has_tokenizer(place[0])), None)
-            if found is None:
+            chosen = next((place for place in places if has_tokenizer(place[0])), None)
+            if chosen is None:
                 raise InputError(
                     f"folder={str(self.folder)!r} has no tokenizer, in the checkpoints or beside them. Allowed: "
                     f"{', '.join(VOCABULARIES[:3])} or the like. Fix: save it there (tokenizer.save_pretrained)."
                 )
-            self._tokenizer = load_tokenizer(*found)
+            self._tokenizer = load_tokenizer(*chosen)
         return self._tokenizer
 
     def load(self, ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> LoadedCheckpoint:
@@ -129,8 +128,8 @@ class FolderCheckpoints(CheckpointSource):
 
 
 def _step_of_folder(name: str) -> int | None:
-    found = re.fullmatch(r"(?:step|checkpoint)[-_]?(\d+)", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"(?:step|checkpoint)[-_]?(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _is_json(text: str) -> bool:
@@ -187,7 +186,7 @@ class GGUFCheckpoint(CheckpointSource):
         """Read and dequantize the file; takes seconds."""
         from transformers import GgufConfig
 
-        # said outright, as weights may otherwise stay packed where there are kernels for that
+        # asked for, as weights may otherwise stay packed on machines with kernels for that
         dense: Any = GgufConfig(dequantize=True)
         name = self.file.name
         with _no_gguf_bar():
@@ -278,8 +277,8 @@ class ModelCheckpoints(CheckpointSource):
         made: Any = self.models[ref.step]
         try:
             made = made if isinstance(made, torch.nn.Module) else made()
-        except Exception as error:  # of the caller's function
-            raise CheckpointError(f"{where} cannot be made ({one_line(error)}).") from error
+        except Exception as error:  # the caller's function may raise anything
+            raise CheckpointError(f"{where} cannot be made ({reason(error)}).") from error
         usable = isinstance(made, PreTrainedModel)
         if not usable:
             raise bad_value(
@@ -294,7 +293,7 @@ class ModelCheckpoints(CheckpointSource):
             )
         model = copy.deepcopy(made).to("cpu")
         del made
-        # as when files are read: what is computed from the configuration (rotary frequencies) keeps its precision
+        # as for files: buffers computed from the configuration, such as rotary frequencies, keep their precision
         stored = set(model.state_dict())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name in stored and tensor.is_floating_point():

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.replay.ledger import Ledger
 from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, ioi_prompts, read_prompts
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource
+from svf_lightning.run.ledger import Ledger
 
 IOI = "ioi"
 
@@ -82,16 +82,16 @@ class ReplayData(pl.LightningDataModule):
         if self._prompts is None:
             tokenizer = self.source.tokenizer()
             if self.prompts_from == IOI:
-                found = ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
+                prompts = ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
             else:
-                found = read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
-            lonely = next((p for p in found if p.query < 1), None)
+                prompts = read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
+            lonely = next((p for p in prompts if p.query < 1), None)
             if lonely is not None:
                 raise InputError(
                     f"the prompt {lonely.text!r} has its query at the first token, which sees no other key. "
                     "Allowed: a query at a later token. Fix: change the prompt, or its query."
                 )
-            self._prompts = sorted(found, key=lambda p: (p.key - p.query, p.query))
+            self._prompts = sorted(prompts, key=lambda p: (p.key - p.query, p.query))
         return self._prompts
 
     @property

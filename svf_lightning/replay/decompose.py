@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,17 +21,18 @@ from torch import Tensor
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads, HeadSVD, bridge_attentions, verified_qr, verified_svd
 from svf_lightning.probe import AttendedScores
+from svf_lightning.rotary import Layout, rotate
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Layout = Literal["halves", "adjacent", "interleaved"]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
-_KEPT_OFFSETS = 8  # cores whose SVD is kept: prompts come sorted by offset, so few are needed at a time
-_ORTHONORMAL = 1e-9  # of Q in float64; it is used in float32
-_CAPPED = 1 - 1e-6  # a score at its cap has no finite value before it
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest score; coarser types are not checked
+_KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
+_ORTHONORMAL = 1e-9  # largest deviation of Q from orthonormal, in float64; Q is used in float32
+_CAPPED = 1 - 1e-6  # a score at its cap would be infinite before the cap
+# share of the largest score; coarser types than float32 are not checked
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 class Decomposition(NamedTuple):
@@ -95,10 +96,10 @@ class Observed:
 
     def of_prompts(self, chosen: Int[Tensor, "m"]) -> Observed:
         """The same of some prompts."""
-        own = {name: getattr(self, name)[chosen] for name in ("query", "logits")}
+        by_prompt = {name: getattr(self, name)[chosen] for name in ("query", "logits")}
         by_layer = {name: getattr(self, name)[:, chosen] for name in ("x", "keys", "is_key")}
         by_head = {name: getattr(self, name)[:, :, chosen] for name in ("scores", "pattern")}
-        return replace(self, **own, **by_layer, **by_head)
+        return replace(self, **by_prompt, **by_layer, **by_head)
 
 
 class HeadSpace:
@@ -118,6 +119,7 @@ class HeadSpace:
         self.n_layers, self.n_heads, self.d_head = heads.W_Q.shape[:3]
         self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.has_bias)
         self._repeats = self.n_heads // bridge.W_K.shape[1]
+        self._is_rotary = getattr(bridge.cfg, "positional_embedding_type", None) == "rotary"
         self._layout = _layout(bridge.cfg)
         self._caps = [getattr(a.original_component, "attn_logit_softcapping", None) for a in attentions]
         self._windows = _windows(bridge)
@@ -125,7 +127,7 @@ class HeadSpace:
         W_Q, W_K = heads.factors()
         shared = W_K[:, :: self._repeats]  # QR once for all query heads that share the keys
         for W in (W_Q, shared):
-            # a layer at a time: float64 copies of all heads together would be as large as a small model
+            # one layer at a time: float64 copies of all heads would be as large as a small model
             factors = [verified_qr(layer.mT.double(), tolerance=_ORTHONORMAL) for layer in W]
             Q.append([q.to(W) for q, _ in factors])
             A.append(torch.stack([a for _, a in factors]))
@@ -163,7 +165,7 @@ class HeadSpace:
                 (f"{attention}.hook_attn_scores", keep("scores", lambda s: s[batch, :, query])),
                 (f"{attention}.hook_pattern", keep("pattern", lambda p: p[batch, :, query])),
             ]
-            if self._layout is not None:
+            if self._is_rotary:
                 hooks += [(f"{attention}.hook_{part}", keep(part, lambda t: t[0])) for part in ("cos", "sin")]
         logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
         x = torch.stack(kept["x"])
@@ -212,13 +214,13 @@ class HeadSpace:
 
         def change(layer: int) -> Any:
             def hook(scores: Tensor, hook: Any) -> Tensor:
-                own, off, cap = scores[batch, :, query, key], removed[layer].T.to(scores), self._caps[layer]
+                score, off, cap = scores[batch, :, query, key], removed[layer].T.to(scores), self._caps[layer]
                 if cap is None:
-                    changed = own - off
+                    changed = score - off
                 else:
-                    changed = cap * torch.tanh(torch.atanh((own / cap).clamp(-_CAPPED, _CAPPED)) - off / cap)
+                    changed = cap * torch.tanh(torch.atanh((score / cap).clamp(-_CAPPED, _CAPPED)) - off / cap)
                 scores = scores.clone()
-                scores[batch, :, query, key] = torch.where(off == 0, own, changed)
+                scores[batch, :, query, key] = torch.where(off == 0, score, changed)
                 return scores
 
             return hook
@@ -269,15 +271,17 @@ class HeadSpace:
         unrotated = _relative(observed.keys, observed.is_key, key)[:, :, 0].double()
         coordinates = torch.einsum("lkij,lbkj->lkbi", self._to_key, unrotated).repeat_interleave(self._repeats, dim=1)
         shape = (self.n_layers, self.n_heads, len(key), self.rank)
-        found = {name: observed.x.new_empty(shape, dtype=torch.float32) for name in ("query", "key", "direction", "S")}
+        coordinates_of = {
+            name: observed.x.new_empty(shape, dtype=torch.float32) for name in ("query", "key", "direction", "S")
+        }
         for group, basis in self._groups(observed, key):
             U, S, V = (part.double() for part in basis)
-            found["query"][:, :, group] = (a[:, :, group] @ U).float()
-            found["key"][:, :, group] = (z[:, :, group] @ U).float()
-            found["direction"][:, :, group] = (coordinates[:, :, group] @ V).float()
-            found["S"][:, :, group] = S[:, :, None].float()
+            coordinates_of["query"][:, :, group] = (a[:, :, group] @ U).float()
+            coordinates_of["key"][:, :, group] = (z[:, :, group] @ U).float()
+            coordinates_of["direction"][:, :, group] = (coordinates[:, :, group] @ V).float()
+            coordinates_of["S"][:, :, group] = S[:, :, None].float()
         batch = torch.arange(len(key), device=key.device)
-        return AttendedScores(**found, attention=observed.pattern[:, :, batch, key], error=error)
+        return AttendedScores(**coordinates_of, attention=observed.pattern[:, :, batch, key], error=error)
 
     def svd(self, observed: Observed, query: int, key: int) -> HeadSVD:
         """Core SVD [layer, head, H, R] of the offset from a query position to a key position."""
@@ -291,7 +295,7 @@ class HeadSpace:
         else:
             eye = torch.eye(self.d_head, dtype=torch.float64, device=A_k.device).expand(self.n_layers, -1, -1)
             cos, sin = (part.double()[:, :, None] for part in observed.rotation)
-            # transposed M, as rows turn
+            # rotate turns rows, so M is transposed
             turn = [rotate(eye, cos[:, at], sin[:, at], layout=self._layout) for at in (query, key)]
             core = self._A_q @ (turn[0] @ turn[1].mT)[:, None] @ A_k.mT
         U, S, V = verified_svd(core * self.heads.scale)
@@ -327,7 +331,7 @@ class HeadSpace:
         """Keys in the basis Q_q of each query head [layer, head, batch, n, H], float64."""
         rotated = rotated.double()
         if observed.rotation is not None:
-            # seen from the query, a key is rotated back by the query's position
+            # relative to the query, a key is rotated back by the query's position
             cos, sin = (part[:, observed.query, None, None].double() for part in observed.rotation)
             rotated = rotate(rotated, cos, sin, layout=self._layout, transpose=True)
         rotated = rotated.repeat_interleave(self._repeats, dim=3)
@@ -368,38 +372,6 @@ class HeadSpace:
         return relative
 
 
-def rotate(
-    x: Float[Tensor, "... H"],
-    cos: Float[Tensor, "... rotary"],
-    sin: Float[Tensor, "... rotary"],
-    *,
-    layout: Layout | None,
-    transpose: bool = False,
-) -> Float[Tensor, "... H"]:
-    """Rotary position embedding of the first ``rotary`` components, as the model families define it.
-
-    Args:
-        x: Vectors.
-        cos: Cosines of the angles, broadcast against x.
-        sin: Sines.
-        layout: "halves": component k turns with k + rotary/2 (GPT-NeoX, Llama); "adjacent": 2k with 2k + 1, angles
-            given in halves (GLM); "interleaved": 2k with 2k + 1, each angle given twice in a row (Cohere).
-        transpose: Turn back instead (the transposed matrix).
-    """
-    n = cos.shape[-1]
-    if layout == "adjacent":
-        cos, sin = (part[..., : n // 2].repeat_interleave(2, dim=-1) for part in (cos, sin))
-    turning, rest = x[..., :n], x[..., n:]
-
-    def quarter(v: Tensor) -> Tensor:
-        if layout == "halves":
-            return torch.cat([-v[..., n // 2 :], v[..., : n // 2]], dim=-1)
-        return torch.stack([-v[..., 1::2], v[..., 0::2]], dim=-1).flatten(-2)
-
-    turned = turning * cos - quarter(turning * sin) if transpose else turning * cos + quarter(turning) * sin
-    return torch.cat([turned, rest], dim=-1)
-
-
 def _relative(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
     """The attended key minus the mean of the other keys that the query sees.
 
@@ -412,18 +384,16 @@ def _relative(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
         [layer, batch, 1, head, H]; NaN where there is no other key, or where the query does not see the attended one.
     """
     batch = torch.arange(len(attended), device=attended.device)
-    own = keys[:, batch, attended].masked_fill(~is_key[:, batch, attended][..., None, None], torch.nan)
+    of_key = keys[:, batch, attended].masked_fill(~is_key[:, batch, attended][..., None, None], torch.nan)
     weights = is_key.to(keys.dtype)
     total = torch.einsum("lbn,lbnhi->lbhi", weights, keys)
     n_others = weights.sum(-1)[..., None, None] - 1
-    relative: Tensor = own - (total - own) / n_others
+    relative: Tensor = of_key - (total - of_key) / n_others
     return relative[:, :, None]
 
 
-def _layout(cfg: Any) -> Layout | None:
-    """How a model rotates, or None if it does not."""
-    if getattr(cfg, "positional_embedding_type", None) != "rotary":
-        return None
+def _layout(cfg: Any) -> Layout:
+    """How a model rotates, if it does."""
     if getattr(cfg, "rotary_interleaved_cos_sin", False):
         return "interleaved"
     return "adjacent" if getattr(cfg, "rotary_adjacent_pairs", False) else "halves"

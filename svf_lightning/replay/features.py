@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import bad_value
+from svf_lightning.matrix_files import read_matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,28 +52,14 @@ def read_dictionary(path: str | Path, d_model: int) -> Float[Tensor, "D N"]:
     Raises:
         InputError: The file cannot be read, or holds no matrix of that size.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"features file {path} does not exist. Allowed: .npy or .safetensors. Fix: check the path.")
-    try:
-        if path.suffix == ".npy":
-            matrix = torch.from_numpy(np.asarray(np.load(path, allow_pickle=False), dtype=np.float32))
-        elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-            name = next((n for n in _DECODER_NAMES if n in tensors), None)
-            if name is None and len(tensors) != 1:
-                raise ValueError(f"it holds {sorted(tensors)}, none of which is named {' or '.join(_DECODER_NAMES)}")
-            matrix = tensors[name or next(iter(tensors))].float()
-        else:
-            raise ValueError("it is neither .npy nor .safetensors")
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"features file {path} cannot be read ({reason}). Allowed: one matrix [d_model, n_features] in a .npy or "
-            ".safetensors file. Fix: export the dictionary (SAE decoder) in this form."
-        ) from error
+    tensors = read_matrices("features", path, f"one matrix [{d_model}, n_features], such as an SAE decoder")
+    name = next((n for n in _DECODER_NAMES if n in tensors), next(iter(tensors), ""))
+    if len(tensors) != 1 and name not in _DECODER_NAMES:
+        allowed = f"one matrix, or one that is named {' or '.join(_DECODER_NAMES)}"
+        raise bad_value(
+            f"features: {path}", sorted(tensors), allowed, "export the dictionary (SAE decoder) in this form"
+        )
+    matrix = tensors[name].float()
     if matrix.ndim != 2 or d_model not in matrix.shape:
         raise bad_value(
             "features.shape", tuple(matrix.shape), f"[{d_model}, n_features] or transposed", "use the model's own"
@@ -88,9 +74,9 @@ def named_pairs(words: Sequence[str], pairs: Sequence[Sequence[str]]) -> Int[Ten
         InputError: A name that is not among the features, or a pair that is no pair.
     """
     index = {word: i for i, word in enumerate(words)}
-    found = []
+    indices = []
     for pair in pairs:
         if len(pair) != 2 or any(name not in index for name in pair):
             raise bad_value("feature_pairs", list(pair), f"two of {list(words)}", "name features that are there")
-        found.append([index[name] for name in pair])
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
+        indices.append([index[name] for name in pair])
+    return torch.tensor(indices, dtype=torch.long).reshape(-1, 2)

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import torch
 
-from svf_lightning.errors import CheckpointError, InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
 from svf_lightning.replay.model_files import (
     CONFIG,
     FORMATS,
@@ -28,7 +28,6 @@ from svf_lightning.replay.model_files import (
     load_tokenizer,
     missing_files,
     no_bar,
-    one_line,
     shard_files,
 )
 from svf_lightning.replay.source import (
@@ -46,11 +45,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_PRIVATE = ".svf-lightning-"  # prefix of the folders for what is deleted again
-_STALE_AFTER = 24 * 3600.0  # seconds without a download after which the folder of another process is left over
+_PRIVATE = ".svf-lightning-"  # prefix of folders that are deleted again
+_STALE_AFTER = 24 * 3600.0  # seconds without a download after which another process's folder counts as abandoned
 _TIMEOUT = 10.0  # seconds to wait for the hub's answer about a revision
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-# here and not in the objects, as sources are copied and pickled with the hyper-parameters of a module
+# Not attributes of the objects, as a source is copied and pickled with a module's hyperparameters.
 _LOCKS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
 _T = TypeVar("_T")
@@ -117,12 +116,12 @@ class HubCheckpoints(CheckpointSource):
         self._sleep: Callable[[float], None] = time.sleep
         self._refs: list[CheckpointRef] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._commits: dict[str, str] = {}  # by revision, as the hub said
+        self._commits: dict[str, str] = {}  # by revision, from the hub
         self._downloaded: dict[str, str] = {}  # commits of the revisions in our own folder
         self._own: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_own": None, "_downloaded": {}}  # a copy has a folder of its own, and removes that
+        return self.__dict__ | {"_own": None, "_downloaded": {}}  # a copy makes and removes its own folder
 
     def identity(self) -> dict[str, str]:
         """Kind and repository."""
@@ -144,7 +143,7 @@ class HubCheckpoints(CheckpointSource):
         failure: Exception | None = None
         try:
             self._commits = self._retry(self._ask_commits)
-        except Exception as error:  # of the network, of the hub, or of a library in between
+        except Exception as error:  # the network, the hub and their libraries raise errors of many types
             if _status(error) in (401, 403, 404):
                 raise InputError(
                     f"repo={self.repo!r} is not on the hub, or not for everybody. Allowed: a repository that you can "
@@ -169,7 +168,7 @@ class HubCheckpoints(CheckpointSource):
         known = _by_step(names)
         if not known and failure is not None:
             raise InputError(
-                f"the revisions of {self.repo} cannot be listed ({one_line(failure)}), and none is in the cache. Fix: "
+                f"the revisions of {self.repo} cannot be listed ({reason(failure)}), and none is in the cache. Fix: "
                 "check the connection, or use FolderCheckpoints with a folder that holds the checkpoints."
             ) from failure
         if not known:
@@ -195,7 +194,7 @@ class HubCheckpoints(CheckpointSource):
                     if has_tokenizer(at_hand.folder):
                         self._tokenizer = load_tokenizer(at_hand.folder, f"{self.repo}@{revision}")
                     if missing_files(at_hand.folder):
-                        self._forget(revision)  # it came for the tokenizer alone
+                        self._forget(revision)  # only the tokenizer was needed
         if self._tokenizer is None:
             raise InputError(
                 f"{self.repo} has no tokenizer. Allowed: a repository with tokenizer.json. Fix: choose another one, or "
@@ -238,7 +237,7 @@ class HubCheckpoints(CheckpointSource):
             if self._own is None:
                 cache = self._cache()
                 cache.mkdir(parents=True, exist_ok=True)
-                for left_over in cache.glob(f"{_PRIVATE}*"):  # of a process that was killed
+                for left_over in cache.glob(f"{_PRIVATE}*"):  # left by a process that was killed
                     with suppress(OSError):
                         if time.time() - left_over.stat().st_mtime > _STALE_AFTER:
                             shutil.rmtree(left_over)
@@ -251,7 +250,7 @@ class HubCheckpoints(CheckpointSource):
             shutil.rmtree(self._own_folder(revision), ignore_errors=True)
             self._downloaded.pop(revision, None)
             with suppress(OSError):
-                self._own.rmdir()  # if it was the last one
+                self._own.rmdir()  # fails while other revisions are in it
 
     def _bring(self, revision: str, *, weights: bool = True) -> _AtHand:
         """The folder of a revision on this machine; downloads what is missing.
@@ -269,7 +268,7 @@ class HubCheckpoints(CheckpointSource):
             except CheckpointError:
                 self._forget(revision)
                 raise
-            except Exception as error:  # of the network, of the hub, of the disk, or of a library in between
+            except Exception as error:  # the network, the hub, the disk and libraries raise errors of many types
                 self._forget(revision)
                 raise CheckpointError(f"{where} cannot be had: {self._explain(error)}.") from error
             except BaseException:  # Ctrl-C
@@ -292,9 +291,10 @@ class HubCheckpoints(CheckpointSource):
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._endpoint)
-        api.model_info(self.repo, timeout=_TIMEOUT)  # the next call knows no timeout; an unreachable hub shows here
-        found = api.list_repo_refs(self.repo)
-        return {ref.name: ref.target_commit for ref in (*found.tags, *found.branches)}
+        # the next call has no timeout, so an unreachable hub must fail here
+        api.model_info(self.repo, timeout=_TIMEOUT)
+        refs = api.list_repo_refs(self.repo)
+        return {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
 
     def _download(self, revision: str, *, weights: bool) -> _AtHand:
         from huggingface_hub import HfApi
@@ -313,7 +313,7 @@ class HubCheckpoints(CheckpointSource):
         starts = [name for single, _ in FORMATS for name in (single, f"{single}.index.json") if name in available]
         if not starts:
             raise CheckpointError(f"{where} has no weights in safetensors or PyTorch files.")
-        # an index first: it tells the shards apart from those of another format or of an older upload
+        # The index comes first: it names the shards, which may lie beside those of another format or an older upload.
         folder = self._download_files(revision, commit, [*wanted, starts[0]])
         if starts[0].endswith(".index.json"):
             shards = shard_files(folder / starts[0])
@@ -321,28 +321,29 @@ class HubCheckpoints(CheckpointSource):
             if lost:
                 raise CheckpointError(f"{where} is incomplete: it has no {lost[0]}.")
             folder = self._download_files(revision, commit, shards)
-        return _AtHand(folder, folder.name if self.keep else commit)  # by its name it may be a newer one meanwhile
+        # with keep, the name may lead to a newer commit by now
+        return _AtHand(folder, folder.name if self.keep else commit)
 
     def _download_files(self, revision: str, commit: str, names: list[str]) -> Path:
         from huggingface_hub import snapshot_download
 
-        own = None if self.keep else self._own_folder(revision)
-        if own is not None:
-            own.mkdir(parents=True, exist_ok=True)
+        local_dir = None if self.keep else self._own_folder(revision)
+        if local_dir is not None:
+            local_dir.mkdir(parents=True, exist_ok=True)
             self._downloaded[revision] = commit
         folder = Path(
             snapshot_download(
                 self.repo,
-                revision=revision if self.keep else commit,  # by its name: then the cache knows it without the hub
+                revision=revision if self.keep else commit,  # by name, so that the cache can be used without the hub
                 allow_patterns=names,
                 cache_dir=self._cache(),
-                local_dir=own,
+                local_dir=local_dir,
                 endpoint=self._endpoint,
                 tqdm_class=no_bar(),
             )
         )
         absent = [name for name in names if not (folder / name).is_file()]
-        if absent:  # it falls back to an incomplete folder when the hub fails in between
+        if absent:  # snapshot_download returns an incomplete folder if the hub fails midway
             raise OSError(f"{absent[0]} did not arrive")
         return folder
 
@@ -350,7 +351,7 @@ class HubCheckpoints(CheckpointSource):
         for tried in range(self.retries + 1):
             try:
                 return attempt()
-            except Exception as error:  # libraries of the network have exceptions of their own
+            except Exception as error:  # network libraries raise errors of many types
                 if tried == self.retries or _is_final(error):
                     raise
                 self._sleep(min(2.0**tried, 60.0))
@@ -369,13 +370,13 @@ class HubCheckpoints(CheckpointSource):
         if _is_offline(error):
             return "it is not in the cache, and the hub is switched off (HF_HUB_OFFLINE)"
         times = f" (tried {self.retries + 1} times)" if self.retries and not _is_final(error) else ""
-        return f"{one_line(error, hide=self._cache())}{times}"
+        return f"{reason(error, hide=self._cache())}{times}"
 
 
 def _step_of(revision: str) -> int | None:
     """512 of "step512", and of longer names such as "step512-tokens2B"."""
-    found = re.search(r"(?<![a-z])step[-_]?(\d+)", revision)
-    return int(found[1]) if found else None
+    match = re.search(r"(?<![a-z])step[-_]?(\d+)", revision)
+    return int(match[1]) if match else None
 
 
 def _by_step(names: Iterable[str], *, strict: bool = False) -> dict[int, str]:
@@ -384,7 +385,7 @@ def _by_step(names: Iterable[str], *, strict: bool = False) -> dict[int, str]:
     Raises:
         InputError: Two names stand for one step; if ``strict``, a name stands for none.
     """
-    found: dict[int, str] = {}
+    name_of: dict[int, str] = {}
     for name in sorted(set(names), key=lambda name: (re.fullmatch(r"step\d+", name) is None, name)):
         step = _step_of(name)
         if step is None and strict:
@@ -394,13 +395,13 @@ def _by_step(names: Iterable[str], *, strict: bool = False) -> dict[int, str]:
             )  # fmt: skip
         if step is None:
             continue
-        if step in found and (strict or found[step] != f"step{step}"):
+        if step in name_of and (strict or name_of[step] != f"step{step}"):
             raise bad_value(
-                "revisions", name, f"one revision per step; {found[step]!r} is step {step} too",
+                "revisions", name, f"one revision per step; {name_of[step]!r} is step {step} too",
                 "name the revisions that you mean, as a list",
             )  # fmt: skip
-        found.setdefault(step, name)
-    return found
+        name_of.setdefault(step, name)
+    return name_of
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -21,11 +21,13 @@ from svf_lightning.replay.bridge import Processing, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
-from svf_lightning.replay.ledger import Entry, Ledger, check_same_identity
 from svf_lightning.replay.prompts import Prompt
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
-from svf_lightning.run_dir import IDENTITY, write_json
+from svf_lightning.run.directory import IDENTITY, write_json
+from svf_lightning.run.identity import check_same_identity, metric_identity
+from svf_lightning.run.ledger import Entry, Ledger
 
+MEASUREMENT = 1  # version of the measurement: raise it when the same weights give other scores than before
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,15 +81,16 @@ class CheckpointReplay(pl.LightningModule):
             raise InputError("CheckpointReplay needs ReplayData. Fix: pass datamodule=ReplayData(...) to the trainer.")
         return data
 
-    def identity(self, data: ReplayData) -> dict[str, Any]:
-        """What all rows of one curve share."""
+    def identity(self, trainer: pl.Trainer, data: ReplayData) -> dict[str, Any]:
+        """What all rows of one curve share: model, prompts, and how they are measured."""
         return {
             **{f"source.{name}": value for name, value in data.source.identity().items()},
             "processing": self.processing,
             "dtype": self.dtype_name,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
-            "version": __version__,
+            "measurement": MEASUREMENT,
+            "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
 
     def probe(self) -> Probe:
@@ -108,14 +111,15 @@ class CheckpointReplay(pl.LightningModule):
         Raises:
             InputError: It is another one, or the prompts do not fit the model.
         """
-        check_same_identity(Path(trainer.default_root_dir) / IDENTITY, self.identity(data))
+        check_same_identity(Path(trainer.default_root_dir) / IDENTITY, self.identity(trainer, data))
 
     def on_test_start(self) -> None:
         """Be what the directory says, and get ready to fetch ahead."""
         path = Path(self.trainer.default_root_dir) / IDENTITY
-        check_same_identity(path, self.identity(self.data))
+        identity = self.identity(self.trainer, self.data)
+        check_same_identity(path, identity)
         if self.trainer.is_global_zero:
-            write_json(path, self.identity(self.data))
+            write_json(path, identity)
         self._fetcher = ThreadPoolExecutor(1, "svf-fetch")
 
     def test_step(self, batch: ReplayBatch, batch_idx: int) -> dict[str, Tensor] | None:
@@ -195,7 +199,7 @@ class CheckpointReplay(pl.LightningModule):
     def _forget(self) -> None:
         """Free the memory of a checkpoint before the next one takes it."""
         self._current = self._probe = None
-        gc.collect()  # bridges hold themselves in reference cycles
+        gc.collect()  # a bridge is part of reference cycles, so it must be collected
 
     def _features(self, space: HeadSpace) -> Tensor | None:
         """Proxy features as columns [D', N]; the bias coordinate of a feature is 0."""

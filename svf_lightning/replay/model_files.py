@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svf_lightning.errors import CheckpointError, InputError
+from svf_lightning.errors import CheckpointError, InputError, reason
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LOADING = threading.RLock()  # held while transformers loads
 _PIECE = 4 << 20  # bytes that one thread hashes at a time
 CONFIG = "config.json"
 # files of weights, the preferred one first, and whether they are safetensors; name.index.json stands for shards
@@ -60,7 +62,7 @@ def weight_hash(model: torch.nn.Module) -> str:
     """
     total = hashlib.blake2b(digest_size=8)
     seen: set[tuple[object, ...]] = set()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib works outside of the interpreter lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter lock
         for name, tensor in sorted(model.state_dict().items()):
             place = (str(tensor.device), tensor.data_ptr(), tensor.shape, tensor.stride())
             if tensor.numel() and place in seen:
@@ -89,7 +91,7 @@ def load_folder(
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where} cannot be loaded: its {CONFIG} is damaged ({one_line(error)}).") from error
+        raise CheckpointError(f"{where} cannot be loaded: its {CONFIG} is damaged ({reason(error)}).") from error
     check_causal_lm(config, where)
     if config.get("quantization_config"):
         raise InputError(
@@ -120,23 +122,23 @@ def load_pretrained(
 
     with _quiet():
         try:
-            # weights_only is the default in transformers 5; with it, torch.load builds tensors and nothing else
+            # transformers 5 reads with weights_only, so torch.load builds tensors and nothing else
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 weights_only=True,
-                ignore_mismatched_sizes=True,  # they are refused below, with their names
+                ignore_mismatched_sizes=True,  # mismatched weights are refused below, by name
                 output_loading_info=True,
                 **options,
             )
-        except pickle.UnpicklingError as error:  # torch advises to unpickle everything
+        except pickle.UnpicklingError as error:  # torch's message advises unsafe unpickling
             raise CheckpointError(
                 f"{where} cannot be loaded: its .bin file is damaged, or more than tensors."
             ) from error
-        except Exception as error:  # damaged files come back as errors of any type
-            raise CheckpointError(f"{where} cannot be loaded ({one_line(error, hide=folder)}).") from error
+        except Exception as error:  # libraries raise errors of many types for damaged files
+            raise CheckpointError(f"{where} cannot be loaded ({reason(error, hide=folder)}).") from error
     model, report = loaded
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     for problem, names in (
@@ -159,8 +161,8 @@ def as_loaded(ref: CheckpointRef, model: Any, revision: str = "") -> LoadedCheck
 
 
 def _some(names: Iterable[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
 def weight_files(folder: Path) -> tuple[list[str], bool]:
@@ -214,7 +216,7 @@ def check_causal_lm(config: Any, where: str) -> None:
 
     config = config if isinstance(config, Mapping) else {}
     family = config.get("model_type")
-    # transformers would load an encoder such as BERT too, and give it a head that was never trained
+    # transformers would also load an encoder such as BERT, with an untrained head
     encoder = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")
     other = [
         name
@@ -231,7 +233,7 @@ def check_causal_lm(config: Any, where: str) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a vocabulary."""
-    # asked by name: without a vocabulary, transformers makes an empty tokenizer and says nothing
+    # checked first: without a vocabulary, transformers silently makes an empty tokenizer
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
@@ -248,9 +250,9 @@ def load_tokenizer(folder: Path, where: str, **options: Any) -> PreTrainedTokeni
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **options
             )
-        except Exception as error:  # damaged files come back as errors of any type
+        except Exception as error:  # libraries raise errors of many types for damaged files
             raise InputError(
-                f"the tokenizer of {where} cannot be read ({one_line(error, hide=folder)}). Allowed: a tokenizer that "
+                f"the tokenizer of {where} cannot be read ({reason(error, hide=folder)}). Allowed: a tokenizer that "
                 "AutoTokenizer reads. Fix: save it again (tokenizer.save_pretrained)."
             ) from error
     return check_fast(tokenizer, where)
@@ -270,15 +272,6 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedToke
     return tokenizer
 
 
-def one_line(error: BaseException, *, hide: Path | None = None) -> str:
-    """An error as a part of one line, without the folder that it happened in."""
-    text = " ".join(str(error).split())
-    if hide is not None:
-        text = text.replace(f"{hide}{os.sep}", "").replace(str(hide), hide.name)
-    text = text if len(text) <= 240 else f"{text[:237]}..."
-    return text.rstrip(".") or type(error).__name__
-
-
 def no_bar() -> Any:
     """Progress bars that stay silent: downloads run beside the one of the run."""
     from tqdm.auto import tqdm
@@ -292,22 +285,27 @@ def no_bar() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and reports of transformers: what matters in them is checked and said here."""
+    """No progress bars and reports of transformers: what matters in them is checked and said here.
+
+    One thread at a time, as transformers changes global state while it loads. Two threads would share it, and could
+    leave a tied head with random weights.
+    """
     from huggingface_hub import utils as hub_utils
     from transformers import utils
 
-    logging: Any = utils.logging
-    hub: Any = hub_utils
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    no_hub_bars = hub.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _LOADING:
+        logging: Any = utils.logging
+        hub: Any = hub_utils
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        no_hub_bars = hub.are_progress_bars_disabled()
+        logging.set_verbosity_error()
         if bars:
-            logging.enable_progress_bar()
-            if no_hub_bars:  # the line before has enabled these as well
-                hub.disable_progress_bars()
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+                if no_hub_bars:  # the line above enables these bars as well
+                    hub.disable_progress_bars()

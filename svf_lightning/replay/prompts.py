@@ -204,7 +204,7 @@ def ioi_sentences(
     choice = np.empty(n, dtype=np.int64)
     for cell in range(2 * n_templates):
         rows = np.flatnonzero(2 * template + order == cell)
-        choice[rows] = rng.choice(n_choices, len(rows), replace=False)  # no choice twice: no sentence twice
+        choice[rows] = rng.choice(n_choices, len(rows), replace=False)  # each choice once, so each sentence once
     choice, i_object = np.divmod(choice, len(objects))
     choice, i_place = np.divmod(choice, len(places))
     i_io, i_s = np.divmod(choice, len(names) - 1)
@@ -259,16 +259,16 @@ def ioi_prompts(
 def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: _Encoding) -> Prompt:
     """The prompt of a sentence, with every position and answer checked in this very text."""
     text = sentence.text
-    found: dict[str, list[int]] = {}
+    positions_of: dict[str, list[int]] = {}
     answers: dict[str, int] = {}
     for name in (sentence.io, sentence.s):
         spans = _spans(text, name)
         positions = [at for at, _ in (_token_at(tokenizer, encoding, text, span) for span in spans) if at is not None]
         answer, _ = _answer(tokenizer, text, name)
-        if answer is None or len(positions) < len(spans):  # a tokenizer that merges a name with the words around it
+        if answer is None or len(positions) < len(spans):  # the tokenizer merges a name with the words around it
             raise bad_value("prompt", text, f"{name!r} is one token wherever it occurs", _OWN_PROMPTS)
-        found[name], answers[name] = positions, answer
-    (key,), subjects = found[sentence.io], tuple(found[sentence.s])
+        positions_of[name], answers[name] = positions, answer
+    (key,), subjects = positions_of[sentence.io], tuple(positions_of[sentence.s])
     correct, wrong = answers[sentence.io], answers[sentence.s]
     return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects, tuple(encoding.spans))
 
@@ -452,11 +452,11 @@ def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encodi
     if len(spans) != 1:
         allowed = f"a word that occurs once in {text!r} (this one occurs {len(spans)} times)"
         raise bad_value(where, given, allowed, "give the position of the token" if spans else "correct the word")
-    found, pieces = _token_at(tokenizer, encoding, text, spans[0])
-    if found is None:
+    token, pieces = _token_at(tokenizer, encoding, text, spans[0])
+    if token is None:
         allowed = f"a word that is one token (this one is in {pieces})"
         raise bad_value(where, given, allowed, "give the position of one of the tokens, or choose another word")
-    return found
+    return token
 
 
 # --- batches
@@ -540,8 +540,8 @@ def _spans(text: str, word: str) -> list[tuple[int, int]]:
     """Where a word occurs in a text; inside other words only if it occurs nowhere by itself."""
     left, right = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w\Z", word) else "")
     for pattern in (left + re.escape(word) + right, re.escape(word)):
-        if found := [match.span() for match in re.finditer(pattern, text)]:
-            return found
+        if spans := [match.span() for match in re.finditer(pattern, text)]:
+            return spans
     return []
 
 

@@ -15,7 +15,6 @@ import math
 import re
 import secrets
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,9 +30,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from svf_lightning.draws import keyed_seed
 from svf_lightning.errors import DivergedError, InputError, bad_value
 from svf_lightning.replay.prompts import NAMES, OBJECTS, PLACES, TEMPLATES, ioi_sentences
-from svf_lightning.run_dir import versions, write_json
+from svf_lightning.run.directory import versions, write_json
+from svf_lightning.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,10 +43,10 @@ SUITE = "suite.json"
 EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
 N_POSITIONS = 128  # longest input, in tokens; the sentences have at most 31
 
-# streams of draws that never meet; part of the key
+# numbers of the streams of draws, part of the key of each
 _INITIAL, _SENTENCES, _BEGINNINGS = 0, 1, 2
 _ROTARY = 0.25  # share of a head's dimensions that rotate, as in Pythia
-_HELD_OUT = 8  # one pair of names in so many is never trained on
+_HELD_OUT = 8  # one pair of names in this many is held out of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,9 @@ def suite_tokenizer() -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate(_vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # for its clean-up: no space before "," and "."
-    build: Any = PreTrainedTokenizerFast  # it has no types
+    # a clean-up rule removes the space before "," and "."
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    build: Any = PreTrainedTokenizerFast  # tqdm has no types
     fast: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
         model_max_length=N_POSITIONS, clean_up_tokenization_spaces=False,
@@ -160,9 +162,9 @@ class SuiteText(pl.LightningDataModule):
         """The sentences of one step, with the answer and the full stop."""
         sentences: list[str] = []
         attempt = 0
-        while len(sentences) < self.batch_size:  # once, unless an unusual number of pairs is held out
+        while len(sentences) < self.batch_size:  # almost always one round
             drawn = ioi_sentences(
-                self.batch_size + self.batch_size // 2 + 1, seed=_key(self.seed, _SENTENCES, step, attempt)
+                self.batch_size + self.batch_size // 2 + 1, seed=keyed_seed(self.seed, _SENTENCES, step, attempt)
             )
             sentences += [f"{text} {io}." for text, io, s, *_ in drawn if not held_out(io, s)]
             attempt += 1
@@ -170,9 +172,9 @@ class SuiteText(pl.LightningDataModule):
 
     def draw(self, step: int) -> Int[Tensor, "b n"]:
         """The token ids of one step."""
-        begins = np.random.default_rng(_key(self.seed, _BEGINNINGS, step)).random(self.batch_size) < 0.5
+        begins = np.random.default_rng(keyed_seed(self.seed, _BEGINNINGS, step)).random(self.batch_size) < 0.5
         eos, pad = self._tokenizer.token_to_id(EOS), self._tokenizer.token_to_id(PAD)
-        rows = [  # one by one: encode_batch starts threads, and then complains about every later fork
+        rows = [  # one by one, as encode_batch starts threads and then warns about every fork
             [*[eos] * bool(begin), *self._tokenizer.encode(text).ids, eos]
             for begin, text in zip(begins, self.sentences(step), strict=True)
         ]
@@ -198,11 +200,6 @@ class _Draws:
             step += 1
 
 
-def _key(*key: int) -> int:
-    """A seed for this key; neighbouring keys give unrelated ones."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 # --- model
 
 
@@ -213,30 +210,25 @@ class SuiteModel(pl.LightningModule):
     indirect object alone (with seed 3, 0.69 on it and 0.13 on the subject), or to both names alike (with seed 0, at
     most 0.46 on it), and the subject is subtracted elsewhere. Pythia's second beta, 0.95, gave the latter both times.
 
+    The initial weights depend on the seed and the sizes alone. The global generator is left as it was.
+
     Args:
-        n_layers: Layers.
-        d_model: Width of the residual stream.
-        n_heads: Heads per layer.
-        learning_rate: Of AdamW.
-        seed: Seed of the initial weights, which depend on it and on the shape alone. The global generator is left as
-            it was.
+        settings: Sizes, seed and learning rate.
     """
 
-    def __init__(
-        self, n_layers: int = 4, d_model: int = 128, n_heads: int = 4, learning_rate: float = 1e-3, seed: int = 0
-    ) -> None:
+    def __init__(self, settings: SuiteSettings = SuiteSettings()) -> None:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
         super().__init__()
-        self.learning_rate = learning_rate
+        self.learning_rate = settings.learning_rate
         words = _vocabulary()
         self._pad = words.index(PAD)
         config = GPTNeoXConfig(
             vocab_size=len(words),
-            hidden_size=d_model,
-            num_hidden_layers=n_layers,
-            num_attention_heads=n_heads,
-            intermediate_size=4 * d_model,
+            hidden_size=settings.d_model,
+            num_hidden_layers=settings.n_layers,
+            num_attention_heads=settings.n_heads,
+            intermediate_size=4 * settings.d_model,
             max_position_embeddings=N_POSITIONS,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": _ROTARY},
             bos_token_id=words.index(EOS),
@@ -244,7 +236,7 @@ class SuiteModel(pl.LightningModule):
             pad_token_id=self._pad,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_key(seed, _INITIAL))
+            torch.default_generator.manual_seed(keyed_seed(settings.seed, _INITIAL))
             self.model = GPTNeoXForCausalLM(config)
 
     def forward(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n words"]:
@@ -293,14 +285,8 @@ class _Save(pl.Callback):
 
 def train_suite(
     folder: str | Path,
+    settings: SuiteSettings = SuiteSettings(),
     *,
-    max_steps: int = 1536,
-    n_layers: int = 4,
-    d_model: int = 128,
-    n_heads: int = 4,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
     progress: bool = False,
 ) -> Path:
     """Train a suite, unless the folder holds the same one already.
@@ -313,27 +299,17 @@ def train_suite(
 
     Args:
         folder: Where the suite shall be: a folder that does not exist, an empty one, or one with this suite.
-        max_steps: See `SuiteSettings` for this and the following ones.
-        n_layers: Layers.
-        d_model: Width of the residual stream.
-        n_heads: Heads per layer.
-        batch_size: Sentences per step.
-        learning_rate: Of AdamW.
-        seed: Of the initial weights and the text.
+        settings: Sizes and training.
         progress: Show Lightning's progress bar.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: A setting is out of range, or the folder holds something else, which stays as it is.
+        InputError: The folder holds something else, which stays as it is.
         DivergedError: The loss is not finite at the end.
         KeyboardInterrupt: The training was interrupted; nothing is left of it.
     """
-    settings = SuiteSettings(
-        max_steps=max_steps, n_layers=n_layers, d_model=d_model, n_heads=n_heads, batch_size=batch_size,
-        learning_rate=learning_rate, seed=seed,
-    )  # fmt: skip
     folder = Path(folder)
     if _is_there(folder, settings):
         return folder
@@ -344,28 +320,30 @@ def train_suite(
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error}). Fix: choose another folder for the suite.") from error
     try:
-        _say(f"training a small GPT-NeoX suite, {max_steps} steps, for {folder}")
+        say(f"svf-lightning: training a small GPT-NeoX suite, {settings.max_steps} steps, for {folder}")
         began = time.perf_counter()
         final_loss = _train(draft, settings, progress)
         if not math.isfinite(final_loss):
-            raise DivergedError(f"the suite's loss is {final_loss} after {max_steps} steps. Fix: lower learning_rate.")
-        found = versions() | {package: metadata.version(package) for package in ("transformers", "tokenizers")}
+            raise DivergedError(
+                f"the suite's loss is {final_loss} after {settings.max_steps} steps. Fix: lower learning_rate."
+            )
+        used = versions() | {package: metadata.version(package) for package in ("transformers", "tokenizers")}
         write_json(
             draft / SUITE,
             {
                 "settings": asdict(settings),
                 "text": _text_id(),
-                "steps": suite_steps(max_steps),
+                "steps": suite_steps(settings.max_steps),
                 "final_loss": final_loss,
-                "versions": found,
+                "versions": used,
             },
         )
         try:
             draft.rename(target)
         except OSError:
-            if not _is_there(folder, settings):  # else another process was faster
+            if not _is_there(folder, settings):  # otherwise another process was faster
                 raise
-        _say(f"the suite is trained: {time.perf_counter() - began:.0f} s, loss {final_loss:.3f}")
+        say(f"svf-lightning: the suite is trained: {time.perf_counter() - began:.0f} s, loss {final_loss:.3f}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
@@ -373,9 +351,7 @@ def train_suite(
 
 def _train(folder: Path, settings: SuiteSettings, progress: bool) -> float:
     """Train and save into an empty folder. Returns the final loss."""
-    model = SuiteModel(
-        settings.n_layers, settings.d_model, settings.n_heads, settings.learning_rate, seed=settings.seed
-    )
+    model = SuiteModel(settings)
     data = SuiteText(settings.batch_size, settings.seed)
     with _quiet(), torch.random.fork_rng(devices=[]):
         trainer = pl.Trainer(
@@ -420,10 +396,6 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _say(line: str) -> None:
-    print(f"svf-lightning: {line}", file=sys.stderr, flush=True)  # noqa: T201
-
-
 # --- what is there already
 
 
@@ -450,14 +422,14 @@ def _is_there(folder: Path, settings: SuiteSettings) -> bool:
         )
     try:
         stored = json.loads((folder / SUITE).read_text(encoding="utf-8"))
-        found, text = dict(stored["settings"]), stored["text"]
+        there, text = dict(stored["settings"]), stored["text"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise bad_value(
             "folder", str(folder), f"a suite's folder ({SUITE} cannot be read: {error!r})", f"delete it, or {fix}"
         ) from error
     asked = asdict(settings)
-    different = [f"{name}={found.get(name)!r} there, {asked[name]!r} asked for" for name in asked]
-    different = [line for line, name in zip(different, asked, strict=True) if found.get(name) != asked[name]]
+    different = [f"{name}={there.get(name)!r} there, {asked[name]!r} asked for" for name in asked]
+    different = [line for line, name in zip(different, asked, strict=True) if there.get(name) != asked[name]]
     if text != _text_id():
         different.append("trained on other sentences, by another version of this program")
     if different:

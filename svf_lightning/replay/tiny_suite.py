@@ -56,6 +56,6 @@ class TinySuite(CheckpointSource):
 
     def _trained(self) -> FolderCheckpoints:
         if self._checkpoints is None:
-            train_suite(self.folder, **vars(self.settings))
+            train_suite(self.folder, self.settings)
             self._checkpoints = FolderCheckpoints(self.folder, self.steps)
         return self._checkpoints

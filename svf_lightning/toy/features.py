@@ -11,29 +11,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import bad_value
 from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
 
-# streams of draws that never meet; part of the generator's key
+# numbers of the streams of draws, part of the generator's key
 _TRAIN, _VALIDATE, _TEST, _OBSERVE = 0, 1, 2, 3
 _SEARCHED_DRAWS = 256  # for pairs with an attended feature
-
-
-def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose draws depend on the key alone.
-
-    numpy's SeedSequence mixes the key, so that neighbouring seeds and steps give unrelated streams. The stream also
-    depends on the kind of device: CPU and CUDA generators differ.
-    """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
 def sparse_activations(
     uniform: Float[Tensor, "... N"], probability: float, *, out: Float[Tensor, "... N"] | None = None
 ) -> Float[Tensor, "... N"]:
     """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1)."""
-    p = np.float32(probability)  # as the uniform numbers
+    p = np.float32(probability)  # shared as the uniform numbers are
     return torch.sub(uniform, float(1 - p), out=out).div_(float(p)).relu_()
 
 
@@ -98,7 +89,7 @@ class ToyData(pl.LightningDataModule):
         distinct = list(dict.fromkeys(settings))
         draw_of = [distinct.index(setting) for setting in settings]
         per_draw = n_instances // len(distinct)
-        if draw_of != [i // per_draw for i in range(n_instances)]:  # not in equal groups
+        if draw_of != [i // per_draw for i in range(n_instances)]:  # the groups are unequal
             distinct = settings
         self.n_draws = len(distinct)
         self._draws_of_seed: dict[int, list[tuple[int, float]]] = {seed: [] for seed, _ in distinct}
@@ -152,7 +143,7 @@ class ToyData(pl.LightningDataModule):
                 "context_length", self.context_length, "at least 2, to compare keys", "raise --data.context_length"
             )
         query_feature, key_feature = pairs.to(device).unbind(-1)
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 if self.n_draws == 1 else self.n_instances)]
+        pairs_of: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 if self.n_draws == 1 else self.n_instances)]
         for step in range(_SEARCHED_DRAWS):
             f = self._per_instance(self.draw(step, device=device, stream=_OBSERVE))
             query, keys = f[:, :, 0], f[:, :, 1:]
@@ -161,10 +152,10 @@ class ToyData(pl.LightningDataModule):
             attends = ((query[:, :, None, query_feature] > 0) & (keys[..., key_feature] > 0)).any(-1)
             for instance, where in enumerate(attends):
                 batch, key = where.nonzero().unbind(-1)
-                found[instance].append((query[instance, batch], relative[instance, batch, key]))
-            if all(sum(map(len, (q for q, _ in one))) >= n_attended for one in found):
+                pairs_of[instance].append((query[instance, batch], relative[instance, batch, key]))
+            if all(sum(map(len, (q for q, _ in one))) >= n_attended for one in pairs_of):
                 queries, relatives = (
-                    torch.stack([torch.cat([part[side] for part in one])[:n_attended] for one in found])
+                    torch.stack([torch.cat([part[side] for part in one])[:n_attended] for one in pairs_of])
                     for side in (0, 1)
                 )
                 return queries, relatives

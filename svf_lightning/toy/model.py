@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,11 +16,13 @@ from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Coordinate, Probe
+from svf_lightning.rotary import rotary_angles, rotate
 from svf_lightning.toy.features import ToyData
-from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
+from svf_lightning.toy.instances import PerInstance, instance_seeds, per_instance
 from svf_lightning.toy.optimizer import InstanceAdam
+from svf_lightning.toy.options import ToyOptions
 from svf_lightning.toy.reconstruction import reconstruction_loss
-from svf_lightning.toy.template import TemplateName, TemplatePairs, make_template
+from svf_lightning.toy.template import make_template
 from svf_lightning.toy.weights import FEATURE_KINDS, initial_features, initial_head
 
 Losses = dict[str, Tensor]
@@ -38,121 +41,31 @@ class ToyAttentionModel(pl.LightningModule):
     ``Omega_delta = W_Q^T R_delta^T W_K``. Several heads add up their logits.
 
     Args:
-        n_features: N, number of features.
-        d_model: D, dimension of a token; null for half of n_features.
-        d_head: H, dimension of queries and keys of one head; null for d_model.
-        n_heads: Heads whose logits are added.
-        context_length: m, keys per query; only looked at with ``rope``. (Follows data.context_length on the command
-            line.)
-        n_instances: I, models that train side by side in one program.
-        template: "single" (T_01 = a), "linear" (T_{i,i+P} from a down to a/P), "many_to_one" (T_{i,P} = a for i < P),
-            "zero" (no head), or a list of (query feature, key feature, logit).
-        n_pairs: P, target pairs of the templates linear and many_to_one.
-        target_logit: a, the largest target logit. One value or one per instance; null for a list of pairs.
-        lambda_attn: lambda, weight of the attention loss, >= 0. One value or one per instance.
-        importance: Weight of features in the reconstruction loss. A number r weighs feature i by r**i (1 weighs all
-            alike), one value or one per instance; a list of rows of N weights gives them one by one, one row for all
-            instances or one per instance.
-        seed: Seed of the initial weights; instance i uses seed + i, or the i-th of a list.
-        init_features: Where W starts: "random", "orthonormal" (N <= D), "tight_frame" (N >= D), "cone" (a tight frame
-            tilted towards one direction), or a .npy or .safetensors file with W [D, N] or [I, D, N], taken as it is.
-        cone_strength: How far "cone" tilts the frame, >= 0. One value or one per instance.
-        init_feature_norm: Root-mean-square length of the initial feature columns, > 0.
-        init_head: Where the head starts: "random", "optimal" (least-squares optimum of the logits for the initial
-            features, Theorem 1), "aligned" (its singular vectors are the initial features of the template), or a
-            .safetensors file with W_Q and W_K [H, D] or [I, H, D], taken as it is.
-        init_head_scale: Random W_Q and W_K keep lengths on average, times this factor, > 0.
-        freeze: What keeps its initial values: "none", "features" (W and b; the head trains on given features) or
-            "head" (features train under a given head).
-        rope: Rotate queries and keys by their positions, halves of the head dimension paired, as in GPT-NeoX.
-        rope_base: Base of the rotation's frequencies, > 1.
-        target_position: Factor of the target logits at offset delta = 1..m, with ``rope``: "independent" (1), "decay"
-            (exp(1 - delta)) or "nearest" (1 at offset 1, else 0).
-        n_observed: Sequences of a fixed held-out draw whose queries and keys the probe shows to callbacks.
-        n_attended: Held-out query-key pairs whose key carries the feature that the query attends to, shown by the probe
-            for callbacks that decompose their scores.
-        optimizer: "adam" or "adamw".
-        learning_rate: Peak learning rate, > 0. One value or one per instance.
-        weight_decay: Decoupled weight decay, >= 0; only with adamw.
-        lr_schedule: "constant", or "cosine" or "linear" decay to 0 over trainer.max_steps.
+        options: The fields of :class:`svf_lightning.toy.options.ToyOptions`, by name.
 
     Raises:
         InputError: A setting out of range, or settings that do not fit each other.
     """
 
-    def __init__(
-        self,
-        n_features: int = 20,
-        d_model: int | None = 10,
-        d_head: int | None = None,
-        n_heads: int = 1,
-        context_length: int = 8,
-        n_instances: int = 1,
-        template: TemplateName | TemplatePairs = "single",
-        n_pairs: int = 1,
-        target_logit: PerInstance | None = 5.0,
-        lambda_attn: PerInstance = 10.0,
-        importance: PerInstance | list[list[float]] = 1.0,
-        seed: int | list[int] = 0,
-        init_features: str = "random",
-        cone_strength: PerInstance = 0.0,
-        init_feature_norm: float = 0.1,
-        init_head: str = "random",
-        init_head_scale: float = 1.0,
-        freeze: Literal["none", "features", "head"] = "none",
-        rope: bool = False,
-        rope_base: float = 10000.0,
-        target_position: Literal["independent", "decay", "nearest"] = "independent",
-        n_observed: int = 0,
-        n_attended: int = 0,
-        optimizer: Literal["adam", "adamw"] = "adam",
-        learning_rate: PerInstance = 1e-3,
-        weight_decay: float = 0.0,
-        lr_schedule: Literal["constant", "cosine", "linear"] = "constant",
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        N = at_least("n_features", n_features, 1, key="model.n_features")
-        D = at_least("d_model", N // 2 if d_model is None else d_model, 1, key="model.d_model")
-        H = at_least("d_head", D if d_head is None else d_head, 1, key="model.d_head")
-        I = at_least("n_instances", n_instances, 1, key="model.n_instances")  # noqa: E741 (the method's symbol)
-        self.n_features, self.d_model, self.d_head, self.n_instances = N, D, H, I
-        self.n_heads = at_least("n_heads", n_heads, 1, key="model.n_heads")
-        self.context_length = at_least("context_length", context_length, 0, key="data.context_length")
+        self.options = o = ToyOptions(**options)
+        self.save_hyperparameters(asdict(o), logger=False)
+        N, D, H, I = o.n_features, o.D, o.H, o.n_instances  # noqa: E741 (the method's symbols)
+        self.n_features, self.d_model, self.d_head, self.n_instances, self.n_heads = N, D, H, I, o.n_heads
         self.template = make_template(
-            template, n_features=N, n_instances=I, n_pairs=n_pairs, target_logit=target_logit
-        )  # fmt: skip
+            o.template, n_features=N, n_instances=I, n_pairs=o.n_pairs, target_logit=o.target_logit
+        )
         self.has_head = len(self.template.pairs) > 0
-        self.seeds = instance_seeds(seed, I, key="model.seed")
-        _one_of("optimizer", optimizer, ("adam", "adamw"))
-        _one_of("lr_schedule", lr_schedule, ("constant", "cosine", "linear"))
-        _one_of("freeze", freeze, ("none", "features", "head"))
-        _one_of("target_position", target_position, ("independent", "decay", "nearest"))
-        if freeze != "none" and not self.has_head:
-            raise bad_value("freeze", freeze, "'none' without a head", "use another template")
-        if target_position != "independent" and not rope:
-            raise bad_value("target_position", target_position, "'independent' without rope", "set --model.rope=true")
-        if rope and H % 2:
-            raise bad_value("d_head", H, "an even number with rope", "change --model.d_head")
-        self.n_observed = at_least("n_observed", n_observed, 0, key="model.n_observed")
-        self._observed: Tensor | None = None
-        self.n_attended = at_least("n_attended", n_attended, 0, key="model.n_attended")
-        self._attended: tuple[Tensor, Tensor] | None = None
-        if n_attended and (rope or not self.has_head):
-            raise bad_value("n_attended", n_attended, "0 with rope or without a head", "set --model.n_attended=0")
-        per_instance("rope_base", rope_base, 1, low=1, open_low=True)
-        self.rope, self.rope_base, self.target_position = rope, rope_base, target_position
-        self.learning_rates = per_instance("learning_rate", learning_rate, I, low=0, open_low=True)
-        per_instance("weight_decay", weight_decay, 1, low=0)
-        if weight_decay and optimizer == "adam":
-            raise bad_value("weight_decay", weight_decay, "0 with adam", "set --model.optimizer=adamw")
-        self.optimizer_name, self.weight_decay, self.lr_schedule = optimizer, weight_decay, lr_schedule
-        lambdas = per_instance("lambda_attn", lambda_attn, I, low=0)
-        weights = _importance(importance, N, I)
-        self._weigh_features = bool((weights != 1).any())
-        # settings, not weights: they follow the device and stay out of the checkpoint
+        self.seeds = instance_seeds(o.seed, I, key="model.seed")
+        self.learning_rates = per_instance("learning_rate", o.learning_rate, I, low=0, open_low=True)
+        lambdas = per_instance("lambda_attn", o.lambda_attn, I, low=0)
+        strengths = per_instance("cone_strength", o.cone_strength, I, low=0)
+        importance = _importance(o.importance, N, I)
+        self._weigh_features = bool((importance != 1).any())
+        # buffers that are settings: they follow the device and stay out of checkpoints
         self.register_buffer("lambda_attn", lambdas.float(), persistent=False)
-        self.register_buffer("importance", weights.float(), persistent=False)
+        self.register_buffer("importance", importance.float(), persistent=False)
         self.register_buffer("pairs", self.template.pairs, persistent=False)
         self.register_buffer("pair_logits", self.template.logits, persistent=False)
         self.lambda_attn: Tensor
@@ -160,40 +73,41 @@ class ToyAttentionModel(pl.LightningModule):
         self.pairs: Tensor
         self.pair_logits: Tensor
 
-        for name, value in (("init_feature_norm", init_feature_norm), ("init_head_scale", init_head_scale)):
-            per_instance(name, value, 1, low=0, open_low=True)
-        strengths = per_instance("cone_strength", cone_strength, I, low=0)
-        W = initial_features(init_features, n_features=N, d_model=D, seeds=self.seeds, cone_strength=strengths)
-        if init_features in FEATURE_KINDS:
-            W = W * init_feature_norm
-        self.W = nn.Parameter(W.float(), requires_grad=freeze != "features")  # [I, D, N]
-        self.b = nn.Parameter(torch.zeros(I, N), requires_grad=freeze != "features")
+        W = initial_features(o.init_features, n_features=N, d_model=D, seeds=self.seeds, cone_strength=strengths)
+        if o.init_features in FEATURE_KINDS:
+            W = W * o.init_feature_norm
+        self.W = nn.Parameter(W.float(), requires_grad=o.freeze != "features")  # [I, D, N]
+        self.b = nn.Parameter(torch.zeros(I, N), requires_grad=o.freeze != "features")
         if self.has_head:
-            rows = self.n_heads * H  # heads that add up their logits are one head with all their rows
-            if init_head == "random":
-                W_Q, W_K = (w * (init_head_scale / H**0.5) for w in _normal_heads(self.seeds, N, D, rows))
+            rows = o.n_heads * H  # heads whose logits add up act as one head with all their rows
+            if o.init_head == "random":
+                W_Q, W_K = (w * (o.init_head_scale / H**0.5) for w in _normal_heads(self.seeds, N, D, rows))
             else:
-                W_Q, W_K = initial_head(init_head, features=W, template=self.template, d_head=rows)
-            self.W_Q = nn.Parameter(W_Q.float(), requires_grad=freeze != "head")  # [I, n_heads * H, D]
-            self.W_K = nn.Parameter(W_K.float(), requires_grad=freeze != "head")
+                W_Q, W_K = initial_head(o.init_head, features=W, template=self.template, d_head=rows)
+            self.W_Q = nn.Parameter(W_Q.float(), requires_grad=o.freeze != "head")  # [I, n_heads * H, D]
+            self.W_K = nn.Parameter(W_K.float(), requires_grad=o.freeze != "head")
+        self._coords = self._coordinates(lambdas, strengths)
+        self._observed: Tensor | None = None
+        self._attended: tuple[Tensor, Tensor] | None = None
+        self._loaded_step = 0
+        self._held_out: dict[str, InstanceMean] = {}
+
+    def _coordinates(self, lambdas: Tensor, strengths: Tensor) -> dict[str, Coordinate]:
+        """What the instances, pairs and offsets are."""
         coords: dict[str, Coordinate] = {"seed": (("instance",), self.seeds), "lambda_attn": (("instance",), lambdas)}
-        if init_features == "cone":
+        if self.options.init_features == "cone":
             coords["cone_strength"] = (("instance",), strengths)
-        if rope:
-            coords["offset"] = (("offset",), range(1, self.context_length + 1))
+        offsets = torch.arange(1, self.options.context_length + 1)
+        if self.options.rope:
+            coords["offset"] = (("offset",), offsets)
         if self.has_head:
             coords["query_feature"] = (("pair",), self.template.pairs[:, 0])
             coords["key_feature"] = (("pair",), self.template.pairs[:, 1])
             coords["target_logit"] = (("instance", "pair"), self.template.logits)
-            if rope:  # it depends on the offset
-                factor = self._position_factor(torch.arange(1, self.context_length + 1))
-                coords["target_logit"] = (
-                    ("instance", "offset", "pair"),
-                    self.template.logits[:, None] * factor[:, None],
-                )
-        self._coords = coords
-        self._loaded_step = 0
-        self._held_out: dict[str, InstanceMean] = {}
+            if self.options.rope:  # the form depends on the offset
+                by_offset = self.template.logits[:, None] * self._position_factor(offsets)[:, None]
+                coords["target_logit"] = (("instance", "offset", "pair"), by_offset)
+        return coords
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -214,7 +128,7 @@ class ToyAttentionModel(pl.LightningModule):
         if not self.has_head:
             return reconstruction, None
         tokens = tokens.view(self.n_instances, n_batch, n_tokens, self.d_model)
-        if self.rope:
+        if self.options.rope:
             return reconstruction, self._rotated_logits(tokens)
         # (r W_Q^T W_K) . s: the keys themselves need no projection
         towards = tokens[:, :, 0] @ self.W_Q.mT @ self.W_K
@@ -227,7 +141,7 @@ class ToyAttentionModel(pl.LightningModule):
 
     def _logits(self, f: Float[Tensor, "J B m1 N"]) -> Float[Tensor, "I B m"]:
         """Attention logits, as those of :meth:`forward`; without rope, no key needs its token."""
-        if self.rope:
+        if self.options.rope:
             return self._rotated_logits(self._per_instance(f) @ self.W.mT[:, None])
         (J, B, _, N), rows = f.shape, self.W_Q.shape[1]
         # products of the instances that share a draw stand side by side
@@ -241,14 +155,19 @@ class ToyAttentionModel(pl.LightningModule):
         query, keys = tokens[:, :, :1] @ self.W_Q.mT[:, None], tokens[:, :, 1:] @ self.W_K.mT[:, None]
         query, keys = (x.view(*x.shape[:-1], self.n_heads, self.d_head) for x in (query, keys))
         offsets = torch.arange(keys.shape[2], 0, -1, device=keys.device)
-        logits: Tensor = (query * rotate(keys, -offsets[:, None], base=self.rope_base)).sum((-1, -2))
+        logits: Tensor = (query * self._rotated(keys, -offsets[:, None])).sum((-1, -2))
         return logits
+
+    def _rotated(self, x: Float[Tensor, "... H"], positions: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Vectors, each turned by a position; leading dimensions are broadcast."""
+        cos, sin = rotary_angles(positions, self.d_head, base=self.options.rope_base, dtype=x.dtype)
+        return rotate(x, cos, sin)
 
     def _position_factor(self, offsets: Tensor) -> Tensor:
         """What the target logits are multiplied with at each offset."""
-        if self.target_position == "decay":
+        if self.options.target_position == "decay":
             return torch.exp(1.0 - offsets)
-        if self.target_position == "nearest":
+        if self.options.target_position == "nearest":
             return (offsets == 1).float()
         return torch.ones_like(offsets, dtype=torch.float32)
 
@@ -257,7 +176,7 @@ class ToyAttentionModel(pl.LightningModule):
         products = f[:, :, :1, self.pairs[:, 0]] * f[:, :, 1:, self.pairs[:, 1]]  # [J, B, m, P]
         weights = self.pair_logits.expand(self.n_instances, -1).reshape(len(f), self.n_instances // len(f), -1)
         logits = torch.einsum("jbmp,jkp->jkbm", products, weights).flatten(0, 1)
-        if self.target_position == "independent":
+        if self.options.target_position == "independent":
             return logits
         return logits * self._position_factor(torch.arange(logits.shape[-1], 0, -1, device=logits.device))
 
@@ -294,9 +213,9 @@ class ToyAttentionModel(pl.LightningModule):
             W_Q, W_K = (w.view(len(w), self.n_heads, self.d_head, self.d_model) for w in (W_Q, W_K))
             logits = logits[:, None].expand(-1, self.n_heads, -1)
             batch_dims += ("head",)
-        if self.rope:
-            offsets = torch.arange(1, self.context_length + 1, device=W_K.device)
-            W_K = rotate(W_K.mT[..., None, :, :], -offsets[:, None], base=self.rope_base).mT  # [..., m, H, D]
+        if self.options.rope:
+            offsets = torch.arange(1, self.options.context_length + 1, device=W_K.device)
+            W_K = self._rotated(W_K.mT[..., None, :, :], -offsets[:, None]).mT  # [..., m, H, D]
             W_Q = W_Q[..., None, :, :].expand_as(W_K)
             logits = logits[..., None, :] * self._position_factor(offsets)[:, None]
             batch_dims += ("offset",)
@@ -321,10 +240,19 @@ class ToyAttentionModel(pl.LightningModule):
         """Check what only the trainer knows; raises as :meth:`check`."""
         data = getattr(self.trainer, "datamodule", None)
         self.check(self.trainer, data, stage)
-        if self.n_observed and isinstance(data, ToyData):
-            self._observed = data.observed(self.n_observed, device=self.device)
-        if self.n_attended and isinstance(data, ToyData):
-            self._attended = data.attended(self.pairs, self.n_attended, device=self.device)
+        if isinstance(data, ToyData):
+            self.look_at(data)
+
+    def look_at(self, data: ToyData) -> None:
+        """Take the held-out draws whose tokens the probe is to show (``n_observed``, ``n_attended``).
+
+        Raises:
+            InputError: The data hold too few of them.
+        """
+        if self.options.n_observed:
+            self._observed = data.observed(self.options.n_observed, device=self.device)
+        if self.options.n_attended:
+            self._attended = data.attended(self.pairs, self.options.n_attended, device=self.device)
 
     def check(self, trainer: pl.Trainer, data: object, stage: str) -> None:
         """Check that trainer and data fit the model, before anything is written.
@@ -347,13 +275,19 @@ class ToyAttentionModel(pl.LightningModule):
             raise bad_value(
                 "context_length", data.context_length, "at least 1 with a head", "change --data.context_length"
             )
-        if isinstance(data, ToyData) and self.rope and data.context_length != self.context_length:
+        if isinstance(data, ToyData) and self.options.rope and data.context_length != self.options.context_length:
             raise bad_value(
-                "model.context_length", self.context_length, f"{data.context_length}, as in the data", "give both alike"
+                "model.context_length",
+                self.options.context_length,
+                f"{data.context_length}, as in the data",
+                "give both alike",
             )
-        if self.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
+        if self.options.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
             raise bad_value(
-                "trainer.max_steps", trainer.max_steps, f"at least 1 with lr_schedule={self.lr_schedule}", "set it"
+                "trainer.max_steps",
+                trainer.max_steps,
+                f"at least 1 with lr_schedule={self.options.lr_schedule}",
+                "set it",
             )
 
     def on_fit_start(self) -> None:
@@ -381,8 +315,8 @@ class ToyAttentionModel(pl.LightningModule):
         """Adam or AdamW with the schedule, stepped after every update."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         options: dict[str, Any] = {
-            "weight_decay": self.weight_decay,
-            "decoupled_weight_decay": self.optimizer_name == "adamw",
+            "weight_decay": self.options.weight_decay,
+            "decoupled_weight_decay": self.options.optimizer == "adamw",
         }
         rates = self.learning_rates
         optimizer: torch.optim.Optimizer
@@ -390,10 +324,10 @@ class ToyAttentionModel(pl.LightningModule):
             optimizer = torch.optim.Adam(trained, lr=rates[0].item(), fused=True, **options)
         else:
             optimizer = InstanceAdam(trained, rates, **options)
-        if self.lr_schedule == "constant":
+        if self.options.lr_schedule == "constant":
             return optimizer
         total = self.trainer.max_steps
-        if self.lr_schedule == "cosine":
+        if self.options.lr_schedule == "cosine":
             schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
         else:
             schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=total)
@@ -453,31 +387,10 @@ def _normal_heads(seeds: Sequence[int], N: int, D: int, H: int) -> tuple[Tensor,
     pairs = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        torch.randn(D, N, generator=generator)  # the numbers of random features come first
+        torch.randn(D, N, generator=generator)  # random features are drawn first
         pairs.append([torch.randn(H, D, generator=generator) for _ in range(2)])
     W_Q, W_K = (torch.stack(parts) for parts in zip(*pairs, strict=True))
     return W_Q, W_K
-
-
-def rotate(x: Float[Tensor, "... H"], positions: Float[Tensor, "..."], *, base: float) -> Float[Tensor, "... H"]:
-    """Rotary position embedding (Su et al. 2021): component k turns with component k + H/2, as in GPT-NeoX.
-
-    Args:
-        x: Vectors; H is even.
-        positions: Positions [...], broadcast against the leading dimensions of x.
-        base: Component pair k turns by ``position * base^(-2k/H)`` radians.
-    """
-    half = x.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angles = positions[..., None] * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise bad_value(name, value, ", ".join(allowed), f"change --model.{name}")
 
 
 def _importance(importance: PerInstance | list[list[float]], N: int, I: int) -> Float[Tensor, "I N"]:  # noqa: E741
@@ -501,10 +414,10 @@ def check_state_fits(model: ToyAttentionModel, state: Mapping[str, Tensor]) -> N
     Raises:
         InputError: Names or shapes differ.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     other = {name: tuple(value.shape) for name, value in state.items()}
-    if own != other:
+    if expected != other:
         raise InputError(
-            f"the checkpoint does not fit the model: it holds {other}, the model has {own}. "
+            f"the checkpoint does not fit the model: it holds {other}, the model has {expected}. "
             "Fix: use the sizes of the run that made the checkpoint (its config.yaml)."
         )

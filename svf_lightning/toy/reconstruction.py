@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK = 2**18  # activations of so many numbers stay close to the core
+BLOCK = 2**18  # activations up to this size stay in a core's cache
 
 
 def reconstruction_loss(

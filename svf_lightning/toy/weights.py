@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
+from svf_lightning.matrix_files import FORMATS, read_matrices
 from svf_lightning.metrics import unit_features
 from svf_lightning.theory import optimal_omega
 from svf_lightning.toy.template import Template
@@ -111,8 +111,8 @@ def initial_head(
     """
     n_instances, d_model, _ = features.shape
     if kind not in HEAD_KINDS:
-        found = _from_file(kind, "init_head", {"W_Q": (d_head, d_model), "W_K": (d_head, d_model)}, n_instances)
-        return found["W_Q"], found["W_K"]
+        given = _from_file(kind, "init_head", {"W_Q": (d_head, d_model), "W_K": (d_head, d_model)}, n_instances)
+        return given["W_Q"], given["W_K"]
     wide = features.double()
     T = template.matrix().double()
     if kind == "optimal":
@@ -134,26 +134,15 @@ def _from_file(
 ) -> dict[str, Float[Tensor, "I n m"]]:
     """Matrices from a file, float64, one per instance; only formats that cannot run code."""
     path = Path(given)
-    if path.suffix not in (".npy", ".safetensors"):
+    if path.suffix not in FORMATS:
         kinds = FEATURE_KINDS if option == "init_features" else HEAD_KINDS
         raise bad_value(
             option, given, f"{', '.join(kinds)}, or a .npy or .safetensors file", f"change --model.{option}"
         )
-    try:
-        if path.suffix == ".npy":
-            tensors = {"W": torch.from_numpy(np.load(path, allow_pickle=False))}
-        else:
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise InputError(
-            f"{option}: {given} cannot be read ({' '.join(str(error).split())}). Allowed: a .npy or .safetensors file. "
-            "Fix: check the path and the file."
-        ) from error
+    tensors = read_matrices(option, path, f"finite {', '.join(shapes)} in a .npy or .safetensors file")
     if len(shapes) == len(tensors) == 1:
-        tensors = dict(zip(shapes, tensors.values(), strict=True))  # one matrix in the file: its name does not matter
-    found = {}
+        tensors = dict(zip(shapes, tensors.values(), strict=True))  # the name of a file's only matrix does not matter
+    matrices = {}
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) not in (shape, (n_instances, *shape)) or not tensor.isfinite().all():
@@ -162,5 +151,5 @@ def _from_file(
                 f"{option}: {given} holds {has}. Allowed: finite {name} of shape {shape}, or {(n_instances, *shape)} "
                 "with one per instance. Fix: export the matrix in this shape, or change the model's sizes."
             )
-        found[name] = tensor.double().expand(n_instances, *shape)
-    return found
+        matrices[name] = tensor.double().expand(n_instances, *shape)
+    return matrices
