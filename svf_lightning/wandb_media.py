@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svf_lightning.run_dir import CONFIG, SUMMARY, is_replay
+from svf_lightning.figures import draw_all
+from svf_lightning.registry import known
+from svf_lightning.run.directory import CONFIG, SUMMARY
+from svf_lightning.run.summary import read_summary
 from svf_lightning.trajectory import open_trajectory, trajectory_parts
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
 
 MAX_ROWS = 10_000  # of a table; W&B's own limit
 _VERDICT = ("claim", "figure", "measured", "needed", "holds", "threshold", "rule")
+_ABOUT = ("name", "label", "symbol", "unit", "range", "better", "meaning", "source", "provider")
 
 
-def media(run_dir: Path) -> tuple[dict[str, Any], int]:
+def run_media(run_dir: Path) -> tuple[dict[str, Any], int]:
     """Figures and tables of a run at its last step, as W&B's objects by key.
 
-    ``figures/NAME``: interactive, as in the run's page; ``tables/claims``, if the run has ended; ``tables/pairs``:
-    every attended pair of every instance; ``tables/instances`` or ``tables/heads``: all numbers of each.
+    ``figures/NAME``: interactive, as in the run's page. ``tables/claims``, if the run has ended; ``tables/quantities``:
+    unit, range, meaning and source of everything that was measured; ``tables/pairs``: every attended pair of every
+    instance; ``tables/instances`` or ``tables/heads``: all numbers of each.
 
     Returns:
         Them, and the training step of the last row.
@@ -31,24 +36,20 @@ def media(run_dir: Path) -> tuple[dict[str, Any], int]:
     """
     import wandb
 
-    from svf_lightning.report.dynamics import dynamics
-    from svf_lightning.report.run_page import figures_of
-
-    dataset, replay = open_trajectory(run_dir), is_replay(run_dir)
-    figures = {name: figure for name, (_, figure) in figures_of(dataset, replay=replay).items()}
-    if not replay and (over_steps := dynamics(dataset)) is not None:
-        figures = {"dynamics": over_steps, **figures}
-    found: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in figures.items()}
-    if (run_dir / SUMMARY).is_file():
-        claims = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))["claims"]
-        if claims:
-            found["tables/claims"] = _claims(claims)
+    dataset = open_trajectory(run_dir)
+    drawn = draw_all(dataset, among=lambda figure: figure.logged)
+    media: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
+    if claims := read_summary(run_dir).get("claims"):
+        media["tables/claims"] = _table(_VERDICT, claims)
+    measured = [quantity for name, quantity in known(dataset).items() if name in dataset]
+    about = [{name: getattr(quantity, name) for name in _ABOUT} for quantity in measured]
+    media["tables/quantities"] = _table(_ABOUT, about)
     batch_dims = tuple(dataset.attrs["batch_dims"])
     parts = {"pairs": (*batch_dims, "pair"), f"{batch_dims[-1]}s" if batch_dims else "run": batch_dims}
     for name, dims in parts.items():
         if (rows := _rows(dataset, dims)) is not None:
-            found[f"tables/{name}"] = wandb.Table(dataframe=rows)
-    return found, int(dataset["step"].values[-1])
+            media[f"tables/{name}"] = wandb.Table(dataframe=rows)
+    return media, int(dataset["step"].values[-1])
 
 
 def trajectory_artifact(run_dir: Path, name: str) -> Any:
@@ -64,13 +65,13 @@ def trajectory_artifact(run_dir: Path, name: str) -> Any:
     return artifact
 
 
-def _claims(claims: Sequence[Mapping[str, Any]]) -> Any:
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Any:
     import wandb
 
-    return wandb.Table(columns=list(_VERDICT), data=[[claim.get(column) for column in _VERDICT] for claim in claims])
+    return wandb.Table(columns=list(columns), data=[[row.get(column) for column in columns] for row in rows])
 
 
-def _rows(dataset: xr.Dataset, dims: tuple[str, ...]) -> Any:
+def _rows(dataset: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame | None:
     """The numbers of the last step that have just these dimensions, a row for each place; None if there are none."""
     names = [
         name
@@ -80,6 +81,6 @@ def _rows(dataset: xr.Dataset, dims: tuple[str, ...]) -> Any:
     if not names:
         return None
     labels = [name for name, variable in dataset.coords.items() if variable.dims and set(variable.dims) <= set(dims)]
-    own = dataset[names].isel(step=-1).reset_coords(drop=True).assign_coords({name: dataset[name] for name in labels})
-    table = own.to_dataframe().reset_index()
+    last = dataset[names].isel(step=-1).reset_coords(drop=True).assign_coords({name: dataset[name] for name in labels})
+    table = last.to_dataframe().reset_index()
     return table[[*dims, *(name for name in labels if name not in dims), *names]].head(MAX_ROWS)
