@@ -1,0 +1,124 @@
+"""The page of one run: what it claims and measured, its dynamics, its figures, and how to repeat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
+
+from svf_lightning.figures import FIGURES, draw_all
+from svf_lightning.pages.explorer import time_slider
+from svf_lightning.pages.page import Section, Table, write_page
+from svf_lightning.pages.words import head_picker
+from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, read_config
+from svf_lightning.run.summary import read_summary
+from svf_lightning.trajectory import open_trajectory
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_LAST = "further"  # what no other figure shows
+
+
+def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, also of one that goes on or was killed.
+
+    Args:
+        run_dir: A run directory with a trajectory.
+        out: The file; None for report.html in the run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: There is no trajectory, or it cannot be read.
+    """
+    run_dir = Path(run_dir)
+    dataset = open_trajectory(run_dir)
+    summary, config = read_summary(run_dir), read_config(run_dir)
+    experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
+    command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
+    drawn = draw_all(dataset)
+    sections = [_verdict(summary, dataset, config, command)]
+    if "training" in drawn:
+        sections.append(_section("training", drawn.pop("training")))
+    if (slider := time_slider(dataset)) is not None:
+        sections.append(Section("Through training (Figs. 1 and 2)", _of_slider(slider.data), widget=slider))
+    for name, figure in sorted(drawn.items(), key=lambda item: item[0] == _LAST):
+        sections.append(_section(name, figure))
+        if name == "fig_7a":  # Fig. 7a shows one head over all prompts; the picker shows it on one prompt
+            sections += _words(dataset)
+    path = Path(out) if out else run_dir / REPORT
+    about = [f"run {run_dir.name}", "replay of a language model" if is_replay(run_dir) else "toy model"]
+    write_page(path, experiment, " · ".join(about), sections)
+    return path
+
+
+def _section(name: str, drawn: go.Figure) -> Section:
+    about = FIGURES[name]
+    return Section(about.heading, about.see, [drawn])
+
+
+def _of_slider(data: Mapping[str, Any]) -> str:
+    """What to see in the pictures of the slider."""
+    sentences = []
+    if any("singular vectors" in cell["title"] for cell in data["cells"]):
+        sentences.append("An attended feature is aligned when one singular vector points along it alone.")
+    if data["attended"]:
+        sentences.append("Attended features (bold) are orthogonal to the others where their products are pale.")
+    return " ".join(sentences)
+
+
+def _words(dataset: xr.Dataset) -> list[Section]:
+    """The head picker, if the run kept the words of prompts."""
+    picker = head_picker(dataset)
+    if picker is None:
+        return []
+    text = (
+        "Words are shaded by the attention that the query (dashed) gives them; the key (outlined) is the word that "
+        "the task attends to. Bars: score of each word relative to the mean of the others, taken apart over the "
+        "singular pairs that matter most for the key. In a sparse head one or two of them lift it above the rest."
+    )
+    return [Section("One head over the words of a prompt (Fig. 7a)", text, widget=picker)]
+
+
+def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[str, Any], command: str) -> Section:
+    """Claims with their numbers, settings, versions, and the command that repeats the run."""
+    last = int(dataset["step"].values[-1])
+    text = f"The run has not ended, or was killed: {last:,} is the last step that it stored."
+    tables = []
+    if summary:
+        judged = [claim["holds"] for claim in summary["claims"] if claim["holds"] is not None]
+        hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
+        end = f"The run is {summary['status']} at step {summary['steps']:,}, after {summary['seconds']:,.0f} s."
+        text, tables = f"{hold}. {end}", _claims(summary)
+    settings = [
+        [f"{part}.{name}", json.dumps(value)]
+        for part in ("model", "data", "trainer", "capture")
+        for name, value in (config.get(part) or {}).items()
+        if value is not None and name not in ("callbacks", "logger")
+    ]
+    versions = [[name, str(version)] for name, version in summary.get("versions", {}).items()]
+    for titles, rows in ((["setting", "value"], settings), (["package", "version"], versions)):
+        if rows:
+            tables.append(Table(titles, rows, frozenset(titles), folded=f"{len(rows)} {titles[0]}s"))
+    return Section("Verdict", f"{text} The command below repeats it.", tables=tables, commands=[command])
+
+
+def _claims(summary: Mapping[str, Any]) -> list[Table]:
+    rows = []
+    for claim in summary["claims"]:
+        holds, measured = in_words(claim)
+        needed = claim["needed"].replace(", open question", "")
+        rows.append([holds, claim["claim"], measured, needed, claim["figure"]])
+    titles = ["holds", "claim", "measured", "needed", "paper"]
+    return [Table(titles, rows, frozenset(["holds", "claim", "paper"]))] if rows else []
+
+
+def in_words(claim: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether a claim of summary.json holds, and what was measured."""
+    holds = {True: "yes", False: "no", None: "open"}[claim["holds"]]
+    return holds, "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
