@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import netrc
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from filelock import FileLock, Timeout
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
 from svf_lightning.arguments import dotted
+from svf_lightning.errors import one_line
+from svf_lightning.run.identity import wandb_name
+from svf_lightning.run.settings import Run
+from svf_lightning.terminal import say
 from svf_lightning.trajectory import has_trajectory
-from svf_lightning.wandb_media import media, trajectory_artifact
 
 STEP_METRIC = "trainer/global_step"
 _SUMMARIES = "last,min,max"
+_OF_THE_SWEEP = ("run_id", "project", "entity", "group")  # settings that a W&B agent decides for its trial
+
+
+class NoRun:
+    """Takes every call and does nothing: W&B could not start."""
+
+    disabled = True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
 
 
 class RunLogger(WandbLogger):
@@ -63,32 +77,53 @@ class RunLogger(WandbLogger):
         log_media: bool = True,
         log_trajectory: bool = False,
     ) -> None:
-        if os.environ.get("WANDB_SWEEP_ID"):
-            # an agent's trial: the sweep has decided which run of which project this is
-            run_id = project = entity = group = None  # type: ignore[assignment]
-        super().__init__(
-            name=name,
-            save_dir=save_dir,
-            id=run_id,
-            project=project,
-            entity=entity,
-            group=group,
-            job_type=job_type,
-            tags=tags,
-            notes=notes,
-            resume="allow" if run_id else None,
-        )
-        self._wandb_init.pop("anonymous", None)  # Lightning still passes it; wandb warns about it
-        self._mode = mode or _mode_from_environment()
+        super().__init__(save_dir=save_dir)
+        self.called: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "name": name,
+            "group": group,
+            "job_type": job_type,
+            "tags": tags,
+            "notes": notes,
+            "run_id": run_id,
+        }
+        self.directory = Path(save_dir)
+        self.mode = mode or _mode_from_environment()
         self._quiet = quiet
         self._logs_media, self._logs_trajectory = log_media, log_trajectory
         self._defined: set[str] = set()
         self._complained = False
+        self._lock: FileLock | None = None
+
+    def join(self, run: Run) -> None:
+        """Take from the run what was not given: id, name, group, kind, tags; and where to write."""
+        named = wandb_name(run.directory, run.command, run.experiment)
+        self.called |= {name: value for name, value in named.items() if not self.called[name]}
+        self.directory = run.directory
+
+    @property
+    def name(self) -> str | None:
+        """The project, as Lightning's logger has it."""
+        project: str | None = self.called["project"]
+        return project
+
+    @property
+    def version(self) -> str | None:
+        """The run's id."""
+        run_id: str | None = self._experiment.id if self._experiment is not None else self.called["run_id"]
+        return run_id
+
+    @property
+    def save_dir(self) -> str:
+        """Directory in which W&B makes its folder."""
+        return str(self.directory)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run; a disabled one if W&B cannot start."""
+        # Private in Lightning, which leaves this attribute out when it pickles a logger.
         if self._experiment is None:
             self._experiment = self._begin()
         return self._experiment
@@ -108,38 +143,49 @@ class RunLogger(WandbLogger):
         """Log one dictionary; ``step`` is the training step."""
         self._guard(lambda: self._log(metrics, step))
 
-    def log_media(self, found: Mapping[str, Any], step: int) -> None:
-        """Log W&B's objects (:func:`svf_lightning.wandb_media.media`) at a training step."""
-        self._guard(lambda: self._log_media(found, step))
+    def log_media(self, media: Mapping[str, Any], step: int) -> None:
+        """Log W&B's objects (:func:`svf_lightning.wandb_media.run_media`) at a training step."""
+        self._guard(lambda: self._log_media(media, step))
 
-    def _log_media(self, found: Mapping[str, Any], step: int) -> None:
-        for name in found:
+    def _log_media(self, media: Mapping[str, Any], step: int) -> None:
+        for name in media:
             self.experiment.define_metric(name, step_metric=STEP_METRIC)
-        self.experiment.log({**found, STEP_METRIC: step})
+        self.experiment.log({**media, STEP_METRIC: step})
 
     def log_trajectory(self, run_dir: Path) -> None:
         """Store the trajectory of a run directory as an artifact."""
-        self._guard(lambda: self.experiment.log_artifact(trajectory_artifact(run_dir, self.experiment.id)))
+        self._guard(lambda: self._log_trajectory(run_dir))
+
+    def _log_trajectory(self, run_dir: Path) -> None:
+        from svf_lightning.wandb_media import trajectory_artifact
+
+        self.experiment.log_artifact(trajectory_artifact(run_dir, self.experiment.id))
 
     def finalize(self, status: str) -> None:
         """End the W&B run, and say where it is."""
         if self._experiment is None:
             return
         run = self._experiment
-        if isinstance(run, _DummyExperiment):
+        if getattr(run, "disabled", False):
             self._experiment = None
             return
-        run_dir = Path(self._save_dir or ".")
-        if status == "success" and has_trajectory(run_dir) and not getattr(run, "disabled", False):
+        if status == "success" and has_trajectory(self.directory):
             if self._logs_media:
-                self._guard(lambda: self._log_media(*media(run_dir)))
+                self._guard(lambda: self._log_media(*self._made_media()))
             if self._logs_trajectory:
-                self.log_trajectory(run_dir)
+                self.log_trajectory(self.directory)
         offline_dir = Path(run.dir).parent if getattr(run, "offline", False) else None
         self._guard(lambda: run.finish(exit_code=0 if status == "success" else 1))
         self._experiment = None
-        if offline_dir is not None and not self._quiet and not getattr(run, "disabled", False):
+        if self._lock is not None:
+            self._lock.release()
+        if offline_dir is not None and not self._quiet:
             say(f"W&B: kept offline; to upload it: wandb sync {_shortest(offline_dir)}")
+
+    def _made_media(self) -> tuple[dict[str, Any], int]:
+        from svf_lightning.wandb_media import run_media  # draws with plotly
+
+        return run_media(self.directory)
 
     def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
         run = self.experiment
@@ -150,24 +196,38 @@ class RunLogger(WandbLogger):
 
     def _begin(self) -> Any:
         settings = {"silent": True, "console": "off", "init_timeout": 30.0}
-        if self._quiet:  # a trial among many: its sweep keeps the list of packages, once (requirements.txt)
+        if self._quiet:  # a sweep keeps the list of packages once, in requirements.txt
             settings["x_save_requirements"] = False
-        modes = list(dict.fromkeys([self._mode, "offline", "disabled"]))
-        if self._mode == "disabled":
-            modes = ["disabled"]
+        modes: list[Any] = (
+            ["disabled"] if self.mode == "disabled" else list(dict.fromkeys([self.mode, "offline", "disabled"]))
+        )
+        called = dict(self.called)
+        if os.environ.get("WANDB_SWEEP_ID"):
+            called |= dict.fromkeys(_OF_THE_SWEEP)
+        called["id"] = called.pop("run_id")
+        called["resume"] = "allow" if called["id"] else None
         for mode in modes:
             try:
                 import wandb
 
-                Path(self._save_dir or ".").mkdir(parents=True, exist_ok=True)
-                run = wandb.init(**self._wandb_init, mode=mode, settings=settings, reinit="create_new")
+                self.directory.mkdir(parents=True, exist_ok=True)
+                run = wandb.init(**called, dir=str(self.directory), mode=mode, settings=settings, reinit="create_new")
                 run.define_metric(STEP_METRIC, hidden=True)
                 if mode == "online" and not self._quiet:
                     say(f"W&B: {run.url}")
+                if mode != "disabled":
+                    self._hold_lock()
                 return run
             except Exception as error:
                 self._complain(error)
-        return _DummyExperiment()
+        return NoRun()
+
+    def _hold_lock(self) -> None:
+        """Tell other processes that this directory is being logged."""
+        self._lock = _lock_of(self.directory)
+        # another logger holds it, or the file system has no locks
+        with suppress(Timeout, OSError, NotImplementedError):
+            self._lock.acquire(timeout=0)
 
     def _guard(self, call: Callable[[], Any]) -> None:
         try:
@@ -178,13 +238,25 @@ class RunLogger(WandbLogger):
     def _complain(self, error: Exception) -> None:
         if not self._complained:
             self._complained = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            say(f"W&B: not available ({reason}); the run goes on, its run directory has everything")
+            say(f"W&B: not available ({one_line(error)}); the run goes on, its run directory has everything")
 
 
-def say(line: str) -> None:
-    """One line for the person at the terminal."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def is_being_logged(run_dir: Path) -> bool:
+    """True while a process logs a run directory to W&B; one that was killed does not."""
+    lock = _lock_of(run_dir)
+    if not Path(lock.lock_file).exists():
+        return False
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a file system without locks
+        return False
+
+
+def _lock_of(run_dir: Path) -> FileLock:
+    return FileLock(run_dir / "wandb" / ".lock")
 
 
 def _mode_from_environment() -> Literal["online", "offline", "disabled"]:

@@ -7,17 +7,23 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from svf_lightning import callbacks
+from svf_lightning.callbacks import RunSummary, StepProgress, TrajectoryWriter
+from svf_lightning.cli import fit
+from svf_lightning.sweep.trial import Trial, class_of
+from svf_lightning.sweep.trial_writer import TrialWriter
 from svf_lightning.toy.instances import instance_seeds
+from svf_lightning.wandb_logger import RunLogger
 
 Settings = Mapping[str, Any]
 
-# settings of which every instance can have its own value
+# settings that can differ between instances
 _PER_INSTANCE = (
     ("model", "lambda_attn"),
     ("model", "target_logit"),
@@ -26,52 +32,28 @@ _PER_INSTANCE = (
     ("model", "cone_strength"),
     ("data", "feature_probability"),
 )
-_WRITERS = ("TrajectoryWriter", "RunSummary", "StepProgress", "ModelCheckpoint")  # what TrialWriter does for a trial
-_OURS = "svf_lightning.callbacks."
-_LOGGER = "svf_lightning.wandb_logger.RunLogger"
+# the TrialWriter does the work of these for each trial
+_WRITERS = (TrajectoryWriter, RunSummary, StepProgress, ModelCheckpoint)
+_TRIAL_WRITER = f"{TrialWriter.__module__}.{TrialWriter.__qualname__}"
 
 
-@dataclass(frozen=True)
-class Member:
-    """A trial that is ready to train.
-
-    Args:
-        id: Of the trial.
-        run_dir: Where its run goes.
-        config: Its resolved settings, YAML.
-        name: What W&B calls it.
-        group: W&B group, the sweep.
-    """
-
-    id: str
-    run_dir: Path
-    config: str
-    name: str
-    group: str
-
-    def settings(self) -> dict[str, Any]:
-        """The resolved settings."""
-        settings: dict[str, Any] = yaml.load(self.config, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return settings
-
-
-def group_members(
-    members: Iterable[Member], *, memory_bytes: float, n_workers: int = 1, merge: bool = True
-) -> list[list[Member]]:
+def group_trials(
+    trials: Iterable[Trial], *, memory_bytes: float, n_workers: int = 1, merge: bool = True
+) -> list[list[Trial]]:
     """Cohorts, the most expensive first.
 
     Args:
-        members: Trials.
+        trials: Trials whose settings are resolved.
         memory_bytes: What one cohort may take.
         n_workers: Cohorts that train at the same time: a large one is cut, so that none waits for another.
         merge: False: every trial is a cohort of its own.
     """
-    alike: defaultdict[str, list[tuple[Member, Settings]]] = defaultdict(list)
-    for member in members:
-        settings = member.settings()
-        alike[signature(settings) if merge and can_merge(settings) else member.id].append((member, settings))
+    alike: defaultdict[str, list[tuple[Trial, Settings]]] = defaultdict(list)
+    for trial in trials:
+        settings = trial.settings()
+        alike[signature(settings) if merge and can_merge(settings) else trial.id].append((trial, settings))
     total = sum(_work(settings) for group in alike.values() for _, settings in group)
-    cohorts: list[tuple[float, list[Member]]] = []
+    cohorts: list[tuple[float, list[Trial]]] = []
     for group in alike.values():
         work = sum(_work(settings) for _, settings in group)
         memory = sum(instance_bytes(settings) * settings["model"]["n_instances"] for _, settings in group)
@@ -80,12 +62,12 @@ def group_members(
         # trials that share draws stay together
         group = sorted(group, key=_draws)
         for part in range(n_parts):
-            own = group[part * len(group) // n_parts : (part + 1) * len(group) // n_parts]
-            cohorts.append((sum(_work(settings) for _, settings in own), [member for member, _ in own]))
-    return [own for _, own in sorted(cohorts, key=lambda cohort: -cohort[0])]
+            share = group[part * len(group) // n_parts : (part + 1) * len(group) // n_parts]
+            cohorts.append((sum(_work(settings) for _, settings in share), [trial for trial, _ in share]))
+    return [share for _, share in sorted(cohorts, key=lambda cohort: -cohort[0])]
 
 
-def _draws(entry: tuple[Member, Settings]) -> str:
+def _draws(entry: tuple[Trial, Settings]) -> str:
     """What a trial's draws depend on, within a cohort."""
     data = entry[1]["data"]
     return json.dumps([data["seed"], data["feature_probability"]])
@@ -94,9 +76,9 @@ def _draws(entry: tuple[Member, Settings]) -> str:
 def can_merge(settings: Settings) -> bool:
     """False for trials that must train alone: with callbacks or loggers of the user's, or tensors read from a file."""
     callbacks = settings["trainer"]["callbacks"] or []
-    known = all(_is_known(callback["class_path"]) for callback in callbacks)
+    known = all(_is_ours(class_of(callback)) for callback in callbacks)
     logger = settings["trainer"]["logger"]
-    logs = logger in (None, False) or (isinstance(logger, dict) and logger["class_path"] == _LOGGER)
+    logs = logger in (None, False) or (isinstance(logger, dict) and class_of(logger) is RunLogger)
     model = settings["model"]
     from_file = "." in model["init_features"] or "." in model["init_head"]
     importance = model["importance"]
@@ -104,8 +86,8 @@ def can_merge(settings: Settings) -> bool:
     return known and logs and not from_file and not rows
 
 
-def _is_known(class_path: str) -> bool:
-    return class_path.startswith(_OURS) or class_path.endswith(_WRITERS)
+def _is_ours(callback: object) -> bool:
+    return callback in _WRITERS or getattr(callback, "__module__", "").startswith(callbacks.__name__)
 
 
 def signature(settings: Settings) -> str:
@@ -125,7 +107,7 @@ def merged(settings: Sequence[Settings]) -> dict[str, Any]:
     """The settings of a cohort, without callbacks that write and without logger."""
     whole: dict[str, Any] = json.loads(json.dumps(settings[0]))
     sizes = [one["model"]["n_instances"] for one in settings]
-    whole["model"]["n_instances"] = sum(sizes)  # the data follow
+    whole["model"]["n_instances"] = sum(sizes)  # the data take it from there
     for part, name in _PER_INSTANCE:
         if settings[0][part][name] is not None:
             whole[part][name] = [
@@ -144,73 +126,38 @@ def merged(settings: Sequence[Settings]) -> dict[str, Any]:
     whole["trainer"]["logger"] = False
     whole["trainer"]["enable_progress_bar"] = False
     whole["trainer"]["callbacks"] = [
-        callback for callback in whole["trainer"]["callbacks"] or [] if not callback["class_path"].endswith(_WRITERS)
+        callback for callback in whole["trainer"]["callbacks"] or [] if class_of(callback) not in _WRITERS
     ]
     return whole
 
 
-def train(members: Sequence[Member]) -> None:
-    """Train a cohort in this process; every member gets its run directory.
+def train(trials: Sequence[Trial]) -> None:
+    """Train a cohort in this process; every trial gets its run directory.
 
     Raises:
-        InputError: A member's settings cannot be used.
-        DivergedError: All members diverged.
+        InputError: A trial's settings cannot be used.
+        DivergedError: All trials diverged.
     """
-    from svf_lightning import cli
-
     scratch = Path(tempfile.mkdtemp(prefix="svf-cohort-"))
     try:
-        settings = [member.settings() for member in members]
-        for member in members:
-            shutil.rmtree(member.run_dir, ignore_errors=True)  # what an interrupted or failed attempt left
+        settings = [trial.settings() for trial in trials]
+        for trial in trials:
+            shutil.rmtree(trial.folder, ignore_errors=True)  # an interrupted or failed attempt left it
         config = scratch / "config.yaml"
         if not can_merge(settings[0]):
-            config.write_text(members[0].config, encoding="utf-8")
-            cli.fit(["--config", str(config), "--run_dir", str(members[0].run_dir)])
+            config.write_text(trials[0].config, encoding="utf-8")
+            fit(["--config", str(config), "--run_dir", str(trials[0].folder)])
             return
-        trials = [
-            {
-                "run_dir": str(member.run_dir),
-                "config": member.config,
-                "wandb": _wandb(member, own),
-                "include": _included(own),
-            }
-            for member, own in zip(members, settings, strict=True)
-        ]
-        (scratch / "trials.json").write_text(json.dumps(trials), encoding="utf-8")
+        entries = [trial.as_json() for trial in trials]
+        (scratch / "trials.json").write_text(json.dumps(entries), encoding="utf-8")
         whole = merged(settings)
         whole["trainer"]["callbacks"].append(
-            {"class_path": f"{_OURS}TrialWriter", "init_args": {"trials": str(scratch / "trials.json")}}
+            {"class_path": _TRIAL_WRITER, "init_args": {"trials": str(scratch / "trials.json")}}
         )
         config.write_text(yaml.safe_dump(whole), encoding="utf-8")
-        cli.fit(["--config", str(config), "--run_dir", str(scratch / "run")])
+        fit(["--config", str(config), "--run_dir", str(scratch / "run")])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _wandb(member: Member, settings: Settings) -> dict[str, Any] | None:
-    logger = settings["trainer"]["logger"]
-    if not logger:
-        return None
-    return {
-        **logger["init_args"],
-        "save_dir": str(member.run_dir),
-        "run_id": member.run_dir.name,
-        "name": member.name,
-        "group": member.group,
-        "job_type": "sweep",
-        "quiet": True,
-        "log_media": False,  # a trial costs less than drawing it
-        "tags": [*settings["experiment"]["tags"], "sweep"],
-    }
-
-
-def _included(settings: Settings) -> list[str] | None:
-    """What the trial's TrajectoryWriter would keep; nothing is lost if it has none."""
-    writers = (c for c in settings["trainer"]["callbacks"] or [] if c["class_path"].endswith("TrajectoryWriter"))
-    writer: Settings = next(writers, {})
-    found: list[str] | None = writer.get("init_args", {}).get("include")
-    return found
 
 
 def instance_bytes(settings: Settings) -> int:

@@ -18,17 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from svf_lightning.errors import InputError
-from svf_lightning.sweep.cohort import Member, train
+from svf_lightning.errors import InputError, one_line, reason
+from svf_lightning.sweep.cohort import train
+from svf_lightning.sweep.trial import Trial
 
-Cohort = Sequence[Member]
+Cohort = Sequence[Trial]
 Outcome = tuple[Cohort, str | None]  # a cohort that was tried, and why it failed
 
-_BREAKS = 3  # so often may worker processes die before the sweep gives up
+_BREAKS = 3  # worker processes that may die before the sweep gives up
 _DIED = "its process was killed (out of memory?); a smaller --memory_gb makes smaller cohorts"
 
 
-def attempt(members: Cohort, log: Path | None = None) -> str | None:
+def attempt(trials: Cohort, log: Path | None = None) -> str | None:
     """Train a cohort; what it would print goes to a file.
 
     Returns:
@@ -36,10 +37,10 @@ def attempt(members: Cohort, log: Path | None = None) -> str | None:
     """
     with open(log or os.devnull, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            train(members)
+            train(trials)
         except Exception as error:
-            # whatever a trial, or a callback of the user's, raises: the others go on
-            return " ".join(str(error).split()) or type(error).__name__
+            # a trial or a user's callback may raise anything; the other trials go on
+            return one_line(error)
     return None
 
 
@@ -55,7 +56,7 @@ def worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.kill()  # Lightning makes of SIGTERM the wish to stop after this batch
+            process.kill()  # on SIGTERM, Lightning would stop only after this batch
         raise
     pool.shutdown()
 
@@ -86,7 +87,7 @@ def run_local(cohorts: Sequence[Cohort], pool: ProcessPoolExecutor, *, jobs: int
                     waiting += [cohort] if len(cohort) == 1 else [cohort[::2], cohort[1::2]]
                     continue
                 if error is not None and len(cohort) > 1:
-                    waiting += [[member] for member in cohort]
+                    waiting += [[trial] for trial in cohort]
                 else:
                     yield cohort, error
             breaks += broken
@@ -101,7 +102,7 @@ def run_local(cohorts: Sequence[Cohort], pool: ProcessPoolExecutor, *, jobs: int
 def _begin_worker(n_threads: int) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles Ctrl-C
     torch.set_num_threads(n_threads)
 
 
@@ -134,7 +135,7 @@ def run_ray(
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as unreachable:
         raise InputError(
-            f"--ray_address={address!r}: no Ray cluster answers there ({' '.join(str(unreachable).split())[:200]}). "
+            f"--ray_address={address!r}: no Ray cluster answers there ({reason(unreachable)}). "
             "Fix: check the address, or leave it out to start one on this machine."
         ) from unreachable
     task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_remote)
@@ -146,21 +147,21 @@ def run_ray(
             try:
                 error, printed, archives = ray.get(done)
             except ray.exceptions.RayError as lost:
-                error, printed, archives = f"its task was lost ({' '.join(str(lost).split())[:200]})", "", {}
+                error, printed, archives = f"its task was lost ({reason(lost)})", "", {}
             with log.open("a", encoding="utf-8") as file:
                 file.write(printed)
             if error is not None and len(cohort) > 1:
-                waiting |= {task.remote([member], max(1, int(cpus))): [member] for member in cohort}
+                waiting |= {task.remote([trial], max(1, int(cpus))): [trial] for trial in cohort}
                 continue
-            for member in cohort:
-                if member.id in archives:
-                    _unpack(archives[member.id], member.run_dir)
+            for trial in cohort:
+                if trial.id in archives:
+                    _unpack(archives[trial.id], trial.folder)
             yield cohort, error
     finally:
         ray.shutdown()
 
 
-def _remote(cohort: list[Member], n_threads: int) -> tuple[str | None, str, dict[str, bytes]]:
+def _remote(cohort: list[Trial], n_threads: int) -> tuple[str | None, str, dict[str, bytes]]:
     """Train a cohort in a folder of the node, and send the run directories back."""
     import torch
 
@@ -168,9 +169,9 @@ def _remote(cohort: list[Member], n_threads: int) -> tuple[str | None, str, dict
     folder = Path(tempfile.mkdtemp(prefix="svf-sweep-"))
     try:
         log = folder / "log.txt"
-        here = [replace(member, run_dir=folder / member.run_dir.name) for member in cohort]
+        here = [replace(trial, run_dir=folder / trial.folder.name) for trial in cohort]
         error = attempt(here, log)
-        archives = {member.id: _packed(member.run_dir) for member in here if member.run_dir.is_dir()}
+        archives = {trial.id: _packed(trial.folder) for trial in here if trial.folder.is_dir()}
         return error, log.read_text(encoding="utf-8"), archives
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,7 +180,7 @@ def _remote(cohort: list[Member], n_threads: int) -> tuple[str | None, str, dict
 def _packed(folder: Path) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        # W&B's logs are links to files of the node
+        # W&B's logs are links to files on the node
         archive.add(folder, arcname=".", filter=lambda entry: None if entry.issym() else entry)
     return buffer.getvalue()
 

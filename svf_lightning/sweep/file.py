@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,46 +13,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from svf_lightning.errors import InputError, bad_value, closest
+from svf_lightning.errors import InputError, bad_value, closest, reason
+from svf_lightning.sweep.trial import Trial
 
 _KEYS = (
     *("command", "description", "early_terminate", "entity", "method", "metric"),
     *("name", "parameters", "program", "project", "run_cap"),
 )
 _VALUE, _VALUES, _DISTRIBUTION = "value", "values", "distribution"
-SEEDS = ("seed_everything", "model.seed", "data.seed")  # what does not make another cell
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One combination of values.
-
-    Args:
-        values: By parameter, constants included, in the order of the file.
-        varied: Names of the parameters that differ between trials.
-        args: Arguments of ``python -m svf_lightning``: "fit" and its options, as W&B's agent renders them.
-    """
-
-    values: Mapping[str, Any]
-    varied: tuple[str, ...]
-    args: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """The varied values in words: "lambda_attn=3 seed=0"."""
-        return " ".join(f"{short(name)}={self.values[name]}" for name in self.varied)
-
-    @property
-    def id(self) -> str:
-        """A name for a directory that tells trials apart, also those of another version of the file."""
-        digest = hashlib.sha256(json.dumps(self.args).encode()).hexdigest()[:8]
-        readable = re.sub(r"[^\w.=+-]+", "_", self.label).strip("_")[:80]
-        return f"{readable}-{digest}" if readable else digest
-
-    @property
-    def cell(self) -> tuple[tuple[str, Any], ...]:
-        """The varied values without the seed: trials of one cell are repetitions."""
-        return tuple((name, _hashable(self.values[name])) for name in self.varied if name not in SEEDS)
 
 
 @dataclass(frozen=True)
@@ -108,12 +74,14 @@ class SweepFile:
             choices = {name: _choices(name, parameter) for name, parameter in self.parameters.items()}
             product = itertools.product(*choices.values())
             combinations = (dict(zip(choices, combination, strict=True)) for combination in product)
-        varied = tuple(name for name, parameter in self.parameters.items() if len(parameter.get(_VALUES, "12")) > 1
-                       and _VALUE not in parameter)  # fmt: skip
-        found = [Trial(values, varied, self._args(values)) for values in itertools.islice(combinations, limit)]
-        return list({trial.id: trial for trial in found}.values())  # draws may coincide
+        varied = tuple(name for name, parameter in self.parameters.items() if _varies(parameter))
+        trials = [
+            Trial(values, varied, self._args(values), self.name) for values in itertools.islice(combinations, limit)
+        ]
+        return list({trial.id: trial for trial in trials}.values())  # random draws may repeat
 
     def _args(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        # internal to wandb, which offers no other way to get the command line that its agent would start
         from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
         macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
@@ -143,10 +111,9 @@ def read_sweep(file: str | Path) -> SweepFile:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path} is not valid YAML ({reason}). Fix: macros such as ${{args}} need a list with one item per line, "
-            "or quotes."
+            f"{path} is not valid YAML ({reason(error)}). Fix: macros such as ${{args}} need a list with one item per "
+            "line, or quotes."
         ) from error
     if not isinstance(content, dict):
         raise bad_value(
@@ -186,9 +153,9 @@ def read_sweep(file: str | Path) -> SweepFile:
     )  # fmt: skip
 
 
-def short(name: str) -> str:
-    """The last part of a dotted name; "seed" for seed_everything."""
-    return name.rsplit(".", 1)[-1].removesuffix("_everything")
+def _varies(parameter: Mapping[str, Any]) -> bool:
+    """True for a parameter that can have several values: a distribution, or a list of more than one."""
+    return _VALUE not in parameter and (_VALUES not in parameter or len(parameter[_VALUES]) > 1)
 
 
 def _choices(name: str, parameter: Mapping[str, Any]) -> list[Any]:
@@ -249,7 +216,7 @@ def _draw(name: str, parameter: Mapping[str, Any], generator: np.random.Generato
         "log_uniform": lambda: math.exp(uniform()),
         "log_uniform_values": lambda: math.exp(uniform(math.log)),
         "inv_log_uniform": lambda: math.exp(-uniform()),
-        "inv_log_uniform_values": lambda: math.exp(uniform(math.log)),  # the same, in W&B's own code too
+        "inv_log_uniform_values": lambda: math.exp(uniform(math.log)),  # W&B's code treats the two alike
         "normal": lambda: generator.normal(number("mu", 0.0), number("sigma", 1.0)),
         "log_normal": lambda: math.exp(generator.normal(number("mu", 0.0), number("sigma", 1.0))),
         "beta": lambda: generator.beta(number("a", 1.0), number("b", 1.0)),
@@ -264,7 +231,3 @@ def _draw(name: str, parameter: Mapping[str, Any], generator: np.random.Generato
     q = parameter.get("q", 1)
     quantized = round(drawn / q) * q
     return int(quantized) if isinstance(q, int) else float(quantized)
-
-
-def _hashable(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (list, dict)) else value

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from svf_lightning.arguments import short
 from svf_lightning.errors import InputError
-from svf_lightning.run_dir import SUMMARY, write_text
-from svf_lightning.sweep.file import SEEDS, short
+from svf_lightning.quantities import Quantity
+from svf_lightning.run.directory import write_json, write_text
+from svf_lightning.run.summary import read_summary
+from svf_lightning.sweep.trial import SEEDS, Trial, as_cell
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 INDEX, TRIALS, ERROR = "trials.json", "trials", "error.txt"
 RULE_METRIC, RULE_THRESHOLD = "alignment/matched", 0.9
-_METRICS = ("alignment/matched", "orthogonality/attended_vs_rest", "dynamics/t_align", "dynamics/t_ortho", "loss/total")
 
 State = Literal["done", "failed", "missing"]
 
@@ -50,36 +51,48 @@ class Sweep:
         index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         self.name: str = index["name"]
         self.metric: str | None = index["metric"]
-        self.trials: list[dict[str, Any]] = index["trials"]
+        trials = (Trial.from_json({"sweep": self.name, **entry}) for entry in index["trials"])
+        self.trials = [replace(trial, run_dir=self.folder / TRIALS / trial.id) for trial in trials]
+
+    @staticmethod
+    def write_index(folder: Path, name: str, metric: str | None, trials: Sequence[Trial]) -> None:
+        """Make a directory that of a sweep; trials that it had before and has no more are left alone."""
+        write_json(folder / INDEX, {"name": name, "metric": metric, "trials": [trial.as_json() for trial in trials]})
 
     @property
     def varied(self) -> list[str]:
         """The parameters that vary."""
-        return list(self.trials[0]["varied"]) if self.trials else []
+        return list(self.trials[0].varied) if self.trials else []
 
     @property
     def axes(self) -> list[str]:
         """The parameters that vary, without seeds."""
         return [name for name in self.varied if name not in SEEDS]
 
-    def run_dir(self, trial_id: str) -> Path:
-        """The run directory of a trial."""
-        return self.folder / TRIALS / trial_id
-
-    def summary(self, trial_id: str) -> Mapping[str, Any] | None:
-        """The summary.json of a trial, if it has one."""
-        path = self.run_dir(trial_id) / SUMMARY
-        if not path.is_file():
-            return None
-        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
-    def state(self, trial_id: str) -> State:
+    def state(self, trial: Trial) -> State:
         """Whether a trial has finished, has failed, or is still to be run."""
-        summary = self.summary(trial_id)
-        if summary is not None and summary["status"] in ("finished", "failed"):
-            return "done" if summary["status"] == "finished" else "failed"
-        return "failed" if (self.run_dir(trial_id) / ERROR).is_file() else "missing"
+        status = read_summary(trial.folder).get("status")
+        if status in ("finished", "failed"):
+            return "done" if status == "finished" else "failed"
+        return "failed" if (trial.folder / ERROR).is_file() else "missing"
+
+    def error(self, trial: Trial) -> str:
+        """Why a trial failed before it could write a summary; empty if it did not."""
+        path = trial.folder / ERROR
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+    def counts(self) -> str:
+        """How many trials are in which state, in words."""
+        states = [self.state(trial) for trial in self.trials]
+        return ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing"))
+
+    def quantities(self) -> dict[str, Quantity]:
+        """Label and unit of the metrics, as the trials' summaries tell them."""
+        quantities: dict[str, Quantity] = {}
+        for trial in self.trials:
+            for name, metric in read_summary(trial.folder).get("metrics", {}).items():
+                quantities.setdefault(name, Quantity(name, metric.get("label", ""), unit=metric.get("unit", "")))
+        return quantities
 
     def table(self) -> pd.DataFrame:
         """One row per trial: its values, its state, final metrics (means over its instances), claims that hold."""
@@ -87,15 +100,14 @@ class Sweep:
 
         rows = []
         for trial in self.trials:
-            summary = self.summary(trial["id"]) or {}
+            summary = read_summary(trial.folder)
             metrics = {name: value["mean"] for name, value in summary.get("metrics", {}).items()}
             claims = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
-            values = {name: _cell_value(trial["values"][name]) for name in trial["varied"]}
             rows.append(
                 {
-                    "trial": trial["id"],
-                    **values,
-                    "state": self.state(trial["id"]),
+                    "trial": trial.id,
+                    **{name: as_cell(trial.values[name]) for name in trial.varied},
+                    "state": self.state(trial),
                     "claims": len(claims),
                     "claims that hold": sum(claims),
                     "seconds": summary.get("seconds"),
@@ -135,129 +147,39 @@ class Sweep:
                     "mean": values.mean(),
                     "sd": values.std(ddof=1),
                     "min": values.min(),
-                    _below(below): float((~(values >= below)).mean()) if len(values) else np.nan,
+                    below_title(below): float((~(values >= below)).mean()) if len(values) else np.nan,
                     "claims that hold": done["claims that hold"].sum() / judged if judged else np.nan,
                 }
             )
         return pd.DataFrame(rows)
 
 
-def report_sweep(
-    folder: str | Path, *, out: str | Path | None = None, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD
-) -> Path:
-    """Write trials.csv, cells.csv, cells.md and report.html into a sweep's directory, and print the cells.
-
-    Args:
-        folder: Directory of the sweep.
-        out: The page; None for report.html in the directory.
-        metric: Metric of the table.
-        below: The table gives the share of trials whose metric is below this.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: There is no sweep in the directory.
-    """
-    sweep = Sweep(folder)
-    cells = sweep.cells(metric=metric, below=below)
+def write_tables(sweep: Sweep, cells: pd.DataFrame) -> None:
+    """Write trials.csv, cells.csv and cells.md into a sweep's directory."""
     write_text(sweep.folder / "trials.csv", sweep.table().to_csv(index=False))
     write_text(sweep.folder / "cells.csv", cells.to_csv(index=False))
     write_text(sweep.folder / "cells.md", markdown(cells))
-    page = Path(out) if out else sweep.folder / "report.html"
-    _write_page(sweep, cells, metric, below, page)
-    _print(sweep, cells, metric)
-    return page
 
 
-def _counts(sweep: Sweep) -> str:
-    states = [sweep.state(trial["id"]) for trial in sweep.trials]
-    return ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing"))
-
-
-def _print(sweep: Sweep, cells: pd.DataFrame, metric: str) -> None:
-    """The table of cells, narrow enough for a terminal: without counts that are all zero."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = cells.drop(columns=[name for name in ("failed", "missing") if not cells[name].any()])
-    title = f"{sweep.name}: {metric} per cell"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in shown.columns:
-        table.add_column(_title(column).replace("_", "_\n"), justify="right", overflow="fold")
-    for row in shown.to_dict("records"):
-        table.add_row(*(f"{value:.2g}" if name == "sd" else _shown(value) for name, value in row.items()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a file has room
-    console.print(table)
-    console.print(_counts(sweep))
-
-
-def figures(sweep: Sweep, *, rule: float | None = None, metric: str = RULE_METRIC) -> dict[str, go.Figure]:
-    """One figure per axis (the seeds, if nothing else varies), by its name; none while no trial is done."""
-    from svf_lightning.report.sweep_figures import METRICS, along_axis
-
-    table = sweep.table()
-    shown = METRICS if metric in METRICS else metric
-    found = {}
-    for axis in sweep.axes or sweep.varied:  # of seeds alone, one dot each
-        others = [other for other in sweep.axes if other != axis]
-        with suppress(InputError):  # nothing is there yet
-            found[short(axis)] = along_axis(table, axis, others, shown, rule=rule)
-    return found
-
-
-def _write_page(sweep: Sweep, cells: pd.DataFrame, metric: str, below: float, path: Path) -> None:
-    from svf_lightning.report.page import Section, Table, write_page
-
-    table = sweep.table()
-    judged, hold = int(table["claims"].sum()), int(table["claims that hold"].sum())
-    n_below = round(float((cells[_below(below)] * cells["n"]).sum()))
-    text = f"{_counts(sweep)}. {hold} of {judged} claims hold. {metric} is below {below:g} in {n_below} trials."
-    failures = [
-        [trial["label"] or trial["id"], (sweep.run_dir(trial["id"]) / ERROR).read_text(encoding="utf-8").strip()]
-        for trial in sweep.trials
-        if sweep.state(trial["id"]) == "failed" and (sweep.run_dir(trial["id"]) / ERROR).is_file()
-    ]
-    drawn = list(figures(sweep, rule=below, metric=metric).values())
-    sections = [Section("Verdict", text)]
-    if failures:
-        titles = ["trial", "why"]
-        sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
-    if drawn:
-        text = "Final values along each parameter. Dots: trials. Where the line is flat, the setting does not matter."
-        sections.append(Section("Axes (Appendix A)", text, drawn))
-    about = f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share"
-    rows = [[_shown(value) for value in row] for row in cells.itertuples(index=False)]
-    table_of_cells = Table([_title(name) for name in cells.columns], rows)
-    sections.append(Section("Cells", f"{about} of them below {below:g}.", tables=[table_of_cells]))
-    one = f"python -m svf_lightning report {sweep.run_dir(sweep.trials[0]['id'])}"
-    sections.append(Section("Each trial alone", "The page of a trial, such as the first:", commands=[one]))
-    write_page(path, f"Sweep {sweep.name}", f"{len(sweep.trials)} trials", sections)
-
-
-def _below(threshold: float) -> str:
+def below_title(threshold: float) -> str:
+    """Title of the column that has the share of trials below a threshold."""
     return f"below {threshold:g}"
 
 
 def markdown(cells: pd.DataFrame) -> str:
     """The table of cells as Markdown."""
-    lines = [" | ".join(map(_title, cells.columns)), " | ".join("---" for _ in cells.columns)]
-    lines += [" | ".join(map(_shown, row)) for row in cells.itertuples(index=False)]
+    lines = [" | ".join(map(title, cells.columns)), " | ".join("---" for _ in cells.columns)]
+    lines += [" | ".join(map(shown, row)) for row in cells.itertuples(index=False)]
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _title(column: str) -> str:
+def title(column: str) -> str:
+    """Title of a column: a parameter by the last part of its name."""
     return column if " " in column else short(column)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a cell as text."""
     if isinstance(value, (float, np.floating)):
         return "-" if np.isnan(value) else f"{value:.3g}"
     return str(value)
-
-
-def _cell_value(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
