@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from svf_lightning import __version__
-from svf_lightning.cli import Interrupted, RunCLI, quiet_the_libraries, run_command
-from svf_lightning.errors import CheckpointError, DivergedError, InputError
+from svf_lightning.arguments import CommandLine, call
+from svf_lightning.cli import Interrupted, RunCLI, run_command
+from svf_lightning.cli.messages import no_such_command, quiet_the_libraries
+from svf_lightning.cli.presets import COMMANDS as RUN_COMMANDS
+from svf_lightning.commands.figures import figures
+from svf_lightning.commands.presets import presets
+from svf_lightning.commands.publish import publish
+from svf_lightning.commands.report import report
+from svf_lightning.commands.sweep import sweep
+from svf_lightning.commands.workspace import workspace
+from svf_lightning.errors import CheckpointError, DivergedError, InputError, one_line
+from svf_lightning.terminal import say
 from svf_lightning.trajectory import has_trajectory
-from svf_lightning.wandb_logger import say
 
 _HELP = """usage: python -m svf_lightning COMMAND [options]
 
@@ -23,18 +32,23 @@ _HELP = """usage: python -m svf_lightning COMMAND [options]
   validate   measure a checkpoint of the toy model on held-out draws
   test       the same on other held-out draws
   replay     measure the training checkpoints of a language model; with no option, of a small suite that it trains
+  presets    the presets of fit and replay, one line each
   sweep      run every trial of a W&B sweep file, without the W&B cloud
-  report     one HTML page for a run directory or a sweep's directory, at any time
+  report     one HTML page for a run directory or a sweep's directory, or for several runs side by side
+  figures    figures of a run as files (PNG, SVG, PDF), or their numbers (CSV)
   publish    the W&B run of a run directory: of a run that was offline, interrupted, or not logged
   workspace  a saved view of a W&B project with the panels to look at first
 
 COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
 """
-_FUNCTIONS = {  # commands that are plain functions, imported when they are called
-    "sweep": "svf_lightning.sweep.command",
-    "report": "svf_lightning.report.command",
-    "publish": "svf_lightning.publish",
-    "workspace": "svf_lightning.workspace",
+# Commands that are plain functions. Each returns what it made (the last line of the output), or that and an exit code.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "presets": presets,
+    "sweep": sweep,
+    "report": report,
+    "figures": figures,
+    "publish": publish,
+    "workspace": workspace,
 }
 _BAD_INPUT = 2
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -54,34 +68,38 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_HELP)  # noqa: T201
         return 0
     quiet_the_libraries()
-    place: Path | str | None
-    code: int
     try:
-        if given and given[0] in _FUNCTIONS:
-            command = getattr(import_module(_FUNCTIONS[given[0]]), f"{given[0]}_command")
-            place, code = command(given[1:])
-        else:
-            cli = run_command(given)
-            place, code = cli.run_dir, cli.exit_code
-            _write_report(cli)
+        made, code = _run(given)
     except (InputError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("SVF_DEBUG") == "1":
             raise
-        print(f"svf-lightning: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+        say(f"svf-lightning: {one_line(error)}")
         return _BAD_INPUT
     except (DivergedError, CheckpointError) as error:
-        print(f"svf-lightning: {error}", file=sys.stderr)  # noqa: T201
+        say(f"svf-lightning: {error}")
         return 1
     except Interrupted as stop:
         print(stop.run_dir)  # noqa: T201
         return _INTERRUPTED
-    except KeyboardInterrupt:  # a sweep has said where it stands
+    except KeyboardInterrupt:  # a sweep has reported its state already
         return _INTERRUPTED
     except SystemExit as stop:  # --help, --print_config
         return int(stop.code or 0)
-    if place is not None:
-        print(place)  # noqa: T201
+    if made is not None:
+        print(made)  # noqa: T201
     return code
+
+
+def _run(given: list[str]) -> tuple[Path | str | None, int]:
+    """Run a command; what it made, and the exit code."""
+    if given and given[0] in FUNCTIONS:
+        made = call(FUNCTIONS[given[0]], given[0], given[1:])
+        return made if isinstance(made, tuple) else (made, 0)
+    if CommandLine(given, RUN_COMMANDS).command is None:
+        raise InputError(no_such_command(given[0] if given else "none was given", [*RUN_COMMANDS, *FUNCTIONS]))
+    cli = run_command(given)
+    _write_report(cli)
+    return cli.run_dir, cli.exit_code
 
 
 def _write_report(cli: RunCLI) -> None:
@@ -92,17 +110,12 @@ def _write_report(cli: RunCLI) -> None:
     if not has_trajectory(cli.run_dir):
         return
     try:
-        from svf_lightning.report.run_page import write_run_page
-
-        write_run_page(cli.run_dir)
+        report(str(cli.run_dir))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"report.html was not written ({reason}); to try again: python -m svf_lightning report {cli.run_dir}")
-
-
-def _one_line(error: Exception) -> str:
-    """What was wrong, on one line."""
-    return " ".join(str(error).split())
+        say(
+            f"report.html was not written ({one_line(error)}); "
+            f"to try again: python -m svf_lightning report {cli.run_dir}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from svf_lightning.arguments import parsed
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, one_line
+from svf_lightning.quantities import Place, in_order
+from svf_lightning.registry import BUILT_IN
 from svf_lightning.wandb_logger import STEP_METRIC
 
-_GUIDE = """**Toy model.** Look at *Alignment* first: the singular vectors align (|cosine| to 1) before the attended
-features turn orthogonal to the rest (|cosine| to 0). *Spectrum*: one singular value for each attended pair rises, the
-others fall. *Sparseness*: S(v) falls in the singular basis; in the shared rotation it stays. Lines are means over the
-instances of a run; `/min` and `/max` are the extreme ones.
+_GUIDE = """**Toy model.** Look at *Alignment and orthogonality* first: do the singular vectors align (|cosine| to 1)
+before the attended features turn orthogonal to the rest (|cosine| to 0)? *Spectrum*: does one singular value for each
+attended pair rise, and do the others fall? *Sparseness*: does S(v) fall in the singular basis, and stay in the shared
+rotation? Lines are means over the instances of a run; `/min` and `/max` are the extreme ones.
 
-**Replay.** *Task heads*: S(v) of the heads that attend to the key, against both rotations, over checkpoints.
+**Replay.** *Sparseness of the task's heads*: S(v) of the heads that attend to the key, against both rotations.
 
 **Sweep.** *Settings*: final alignment against the settings of every run.
 
@@ -33,40 +34,29 @@ class Lines(NamedTuple):
     log_y: bool = False
 
 
-SECTIONS: dict[str, tuple[Lines, ...]] = {
-    "Alignment and orthogonality (toy)": (
-        Lines("Alignment", ("alignment/matched", "alignment/matched/min", "alignment/matched/max"), "|cosine|"),
-        Lines("Orthogonality", ("orthogonality/attended_vs_rest", "orthogonality/rest_vs_rest"), "|cosine|"),
-        Lines("Losses", ("loss/recon", "loss/attn"), "loss (attention: nats)", log_y=True),
-        Lines("Spectrum", ("spectrum/sigma_1", "spectrum/sigma_2"), "singular value (nats)"),
-        Lines(
-            "Sparseness",
-            ("sad/sparseness", "sad/sparseness_shared_rotation", "sad/sparseness_independent_rotation"),
-            "S(v)",
-        ),
-    ),
-    "Replay of a language model": (
-        Lines(
-            "Task heads",
-            ("sad/task/sparseness", "sad/task/sparseness_shared_rotation", "sad/task/sparseness_independent_rotation"),
-            "S(v)",
-        ),
-        Lines("Task", ("sad/accuracy", "sad/task/attention"), "share; attention weight"),
-        Lines("Singular pairs that a score needs", ("sad/attending/n_recon", "sad/task/n_recon"), "median (count)"),
-        Lines(
-            "4 contributions removed",
-            ("causal/top/logit_difference/4", "causal/random/logit_difference/4", "causal/spectrum/logit_difference/4"),
-            "change of the logit difference (nats)",
-        ),
-    ),
-}
-MEDIA = {
-    "Figures (toy)": ("figures/dynamics", "figures/fig_1b", "figures/fig_2a", "figures/fig_2b", "figures/fig_4"),
-    "Figures (replay)": ("figures/fig_7b", "figures/fig_7a", "figures/fig_8", "figures/fig_9", "figures/heads_map"),
-}
-TABLES = ("tables/claims", "tables/pairs", "tables/instances", "tables/heads")
+def panels_by_section() -> dict[str, list[Lines]]:
+    """The panels that quantities share, by section."""
+    shown = [q for q in BUILT_IN.values() if q.panel is not None and q.logged != "no"]
+    sections: dict[str, list[Lines]] = {}
+    for panel in in_order(q.panel for q in shown if q.panel is not None):
+        names = tuple(q.name for q in shown if q.panel == panel)
+        sections.setdefault(panel.section, []).append(Lines(panel.title, names, panel.axis, panel.log))
+    return sections
+
+
+def media_keys() -> dict[str, tuple[str, ...]]:
+    """Figures that the view shows, by section."""
+    from svf_lightning.figures import FIGURES  # drawn with plotly
+
+    return {
+        title: tuple(f"figures/{name}" for name, figure in FIGURES.items() if figure.view == view)
+        for title, view in (("Figures (toy)", "toy"), ("Figures (replay)", "replay"))
+    }
+
+
+TABLES = ("tables/claims", "tables/pairs", "tables/instances", "tables/heads", "tables/quantities")
 SETTINGS = ("model.lambda_attn", "model.n_features", "model.d_head", "data.context_length")
-FINAL = ("alignment/matched", "orthogonality/attended_vs_rest")
+FINAL = tuple(name for name, quantity in BUILT_IN.items() if quantity.is_at(Place.SWEEP))
 
 
 def workspace(project: str = "svf-lightning", entity: str | None = None, name: str = "svf-lightning") -> str:
@@ -99,26 +89,15 @@ def workspace(project: str = "svf-lightning", entity: str | None = None, name: s
         view.save()
         return str(view.url)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"the view was not saved ({reason}). Allowed: an account that can write to the project. "
+            f"the view was not saved ({one_line(error)}). Allowed: an account that can write to the project. "
             "Fix: wandb login, and check --project and --entity."
         ) from error
 
 
-def workspace_command(args: Sequence[str]) -> tuple[str, int]:
-    """``workspace`` with its arguments.
-
-    Raises:
-        ArgumentError: An argument is not known or not usable.
-        InputError: The view cannot be saved.
-    """
-    return workspace(**parsed(workspace, args)), 0
-
-
 def build(project: str, entity: str, name: str) -> Any:
     """The view (``wandb_workspaces.workspaces.Workspace``), not saved yet; needs no network."""
-    # by name, as the modules give their parts through lists that a type checker cannot follow
+    # imported by name: a type checker cannot follow how these modules export their parts
     wr, ws = (import_module(f"wandb_workspaces.{part}") for part in ("reports.v2", "workspaces"))
 
     def section(title: str, panels: Sequence[Any]) -> Any:
@@ -150,8 +129,8 @@ def build(project: str, entity: str, name: str) -> Any:
         name=name,
         sections=[
             section("Where to look first", [wr.MarkdownPanel(_GUIDE), table(TABLES[0])]),
-            *(section(title, [lines(shown) for shown in panels]) for title, panels in SECTIONS.items()),
-            *(section(title, [media(key) for key in keys]) for title, keys in MEDIA.items()),
+            *(section(title, [lines(shown) for shown in panels]) for title, panels in panels_by_section().items()),
+            *(section(title, [media(key) for key in keys]) for title, keys in media_keys().items()),
             section("Tables", [table(key) for key in TABLES[1:]]),
             section("Settings (sweeps)", [wr.ParallelCoordinatesPlot(columns=columns), *against]),
         ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,23 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import psutil
-import yaml
 
-from svf_lightning.arguments import parsed
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import InputError, bad_value, one_line
+from svf_lightning.registry import known
 from svf_lightning.rows import Rows
-from svf_lightning.run_dir import CONFIG, SUMMARY, command_of
-from svf_lightning.summary import dynamics_of, dynamics_to_log
+from svf_lightning.run.directory import CONFIG, command_of, read_config
+from svf_lightning.run.identity import wandb_name
+from svf_lightning.run.settings import Experiment
+from svf_lightning.run.summary import changes_of, changes_to_log, read_summary
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
+from svf_lightning.terminal import say
 from svf_lightning.trajectory import open_trajectory
-from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, say
-from svf_lightning.wandb_media import media as media_of
+from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, is_being_logged
 
 if TYPE_CHECKING:
     import xarray as xr
 
-_FROM_CONFIG = ("project", "entity", "name", "group", "job_type", "tags", "notes", "run_id")  # not: where and how
-_BLOCK = 4096  # rows that are in memory together
+# save_dir and mode belong to this call
+_FROM_CONFIG = ("project", "entity", "name", "group", "job_type", "tags", "notes", "run_id")
+_BLOCK = 4096  # rows in memory at a time
 _LIGHTNINGS_LOG_EVERY = 50  # what trainer.log_every_n_steps=null means
 _PATIENCE = 60.0  # seconds
 
@@ -72,14 +73,14 @@ def publish(
         InputError: There is no run in the directory or nothing captured, the run is still being logged, or W&B cannot
             be reached.
     """
-    if os.environ.get("WANDB_SWEEP_ID"):  # RunLogger would take the trial's id
+    if os.environ.get("WANDB_SWEEP_ID"):  # RunLogger would use the trial's id
         raise InputError("publish does not work inside a trial of a W&B agent. Fix: unset WANDB_SWEEP_ID.")
     run = _Run.read(Path(run_dir))
     settings = run.logger_settings()
     settings |= {name: value for name, value in (("project", project), ("entity", entity)) if value is not None}
     logger = _Publisher(**settings, save_dir=str(run.path), mode=mode, log_media=False)
     earlier = _offline_runs(run.path, settings["run_id"])
-    if any(map(_is_open, earlier)):
+    if is_being_logged(run.path):
         raise bad_value("run_dir", run_dir, "a run that has ended", "wait for its end, it is being logged")
     if logger.is_online:
         _send(run, logger, media=media, trajectory=trajectory)
@@ -91,24 +92,14 @@ def publish(
         _send(run, logger, media=media, trajectory=trajectory)
     except BaseException:
         for folder in _offline_runs(run.path, settings["run_id"]):
-            if folder not in earlier:  # half a run; the earlier ones stay
+            if folder not in earlier:  # an incomplete run; the earlier ones stay
                 shutil.rmtree(folder, ignore_errors=True)
         raise
     new = set(_offline_runs(run.path, settings["run_id"])) - set(earlier)
-    if new and all(map(_becomes_whole, new)):  # else W&B has put it elsewhere, or hangs
+    if new and all(map(_becomes_whole, new)):  # otherwise W&B wrote somewhere else, or hangs
         for folder in earlier:
             shutil.rmtree(folder)
     return Path(run_dir)
-
-
-def publish_command(args: Sequence[str]) -> tuple[Path, int]:
-    """``publish`` with its arguments.
-
-    Raises:
-        ArgumentError: An argument is not known or not usable.
-        InputError: The run cannot be published.
-    """
-    return publish(**parsed(publish, args)), 0
 
 
 class _Run(NamedTuple):
@@ -126,17 +117,7 @@ class _Run(NamedTuple):
                 "run_dir", str(path), f"a directory with {CONFIG} and a trajectory, as `fit` and `replay` make it",
                 "pass the directory that the run printed as its last line",
             )  # fmt: skip
-        trajectory = open_trajectory(path)
-        summary = {}
-        try:
-            config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-            if (path / SUMMARY).is_file():
-                summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{path} cannot be read ({error}). Fix: {CONFIG} or {SUMMARY} is damaged.") from error
-        if not isinstance(config, Mapping):
-            raise InputError(f"{path / CONFIG} holds no settings. Fix: the file is damaged; repeat the run.")
-        return cls(path, config, summary, trajectory)
+        return cls(path, read_config(path), read_summary(path), open_trajectory(path))
 
     @property
     def is_finished(self) -> bool:
@@ -154,27 +135,23 @@ class _Run(NamedTuple):
         ours = (one for one in loggers if isinstance(one, Mapping) and str(one.get("class_path")).endswith("RunLogger"))
         init_args = next(ours, {}).get("init_args") or {}
         given = {name: init_args[name] for name in _FROM_CONFIG if init_args.get(name)}
-        experiment = self._part("experiment")
-        name = Path(os.path.abspath(self.path)).name
-        settings = {
-            "run_id": name,
-            "name": name,
-            "group": experiment.get("name"),
-            "job_type": self.command,
-            "tags": experiment.get("tags"),
-            **given,
-        }
-        return {**settings, **self._as_trial(name, experiment.get("tags") or [])}
+        return {**self._named(), **given} if not self._is_trial else {**given, **self._named()}
 
-    def _as_trial(self, name: str, tags: list[str]) -> dict[str, Any]:
-        """What a sweep says about its trial."""
-        parent = Path(os.path.abspath(self.path)).parent
-        if parent.name != TRIALS or not is_sweep(parent.parent):
-            return {}
-        sweep = Sweep(parent.parent)
-        label = next((trial["label"] for trial in sweep.trials if trial["id"] == name), None)
-        found = {"run_id": name, "name": label or name, "group": sweep.name, "job_type": "sweep"}
-        return {**found, "tags": [*tags, "sweep"]}
+    @property
+    def _is_trial(self) -> bool:
+        """True for a trial of a sweep, which is called as its sweep says."""
+        parent = self.path.absolute().parent
+        return parent.name == TRIALS and is_sweep(parent.parent)
+
+    def _named(self) -> dict[str, Any]:
+        """What W&B calls the run."""
+        given = self._part("experiment")
+        experiment = Experiment(given.get("name") or "", tags=given.get("tags") or [])
+        if not self._is_trial:
+            return wandb_name(self.path, self.command, experiment)
+        sweep = Sweep(self.path.absolute().parents[1])
+        label = next((trial.name for trial in sweep.trials if trial.id == self.path.absolute().name), "")
+        return wandb_name(self.path, self.command, experiment, sweep=sweep.name, label=label)
 
     def rows(self) -> Iterator[tuple[int, dict[str, float]]]:
         """(training step, metrics), as the run itself logs them."""
@@ -184,14 +161,14 @@ class _Run(NamedTuple):
         if self.command != "fit":
             every = 1  # a row is a checkpoint
         for start in range(0, self.trajectory.sizes["step"], _BLOCK):
-            rows = Rows.read(self.trajectory.isel(step=slice(start, start + _BLOCK)))
+            rows = Rows.read(self.trajectory.isel(step=slice(start, start + _BLOCK)), known(self.trajectory))
             yield from rows.to_log(every=every, last=-1 if last is None else last)
 
-    def dynamics(self) -> dict[str, float]:
-        """What is known at the end of a training."""
+    def changes(self) -> dict[str, float]:
+        """What is known at the end of a training: when quantities changed."""
         if self.command != "fit":
             return {}
-        return dynamics_to_log(dynamics_of(self.trajectory))
+        return changes_to_log(changes_of(self.trajectory, known(self.trajectory)))
 
     def _part(self, name: str) -> Mapping[str, Any]:
         return self.config.get(name) or {}
@@ -203,10 +180,9 @@ class _Publisher(RunLogger):
     def _complain(self, error: Exception) -> None:
         if isinstance(error, InputError):
             raise error
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"W&B is not available ({reason}). Allowed: an account that can write to the project, or --mode=offline. "
-            "Fix: try again, or publish with --mode=offline and upload that with `wandb sync`."
+            f"W&B is not available ({one_line(error)}). Allowed: an account that can write to the project, or "
+            "--mode=offline. Fix: try again, or publish with --mode=offline and upload that with `wandb sync`."
         ) from error
 
     @property
@@ -216,30 +192,30 @@ class _Publisher(RunLogger):
         Raises:
             InputError: W&B is switched off.
         """
-        if self._mode == "disabled":
+        if self.mode == "disabled":
             raise bad_value("WANDB_MODE", "disabled", "online or offline", "unset it, or add --mode=offline")
-        return self._mode == "online"
+        return self.mode == "online"
 
     def steps_with(self, *names: str) -> set[int]:
         """Training steps at which W&B has these metrics already."""
         if not self.is_online:
-            return set()  # an offline run begins anew
+            return set()  # an offline run starts from nothing
         try:
             import wandb
 
-            where = (self._wandb_init["entity"], self._wandb_init["project"], self._wandb_init["id"])
+            where = (self.called["entity"], self.called["project"], self.called["run_id"])
             run = wandb.Api().run("/".join(part for part in where if part))
             rows = run.scan_history(keys=[STEP_METRIC, *names], use_cache=False)
             return {int(row[STEP_METRIC]) for row in rows}
         except Exception as error:
             if "Could not find run" not in str(error):
-                self._complain(error)  # without an answer, rows might come twice
+                self._complain(error)  # without an answer, rows might be sent twice
             return set()
 
 
 def _send(run: _Run, logger: _Publisher, *, media: bool, trajectory: bool) -> None:
     """Log what W&B does not have yet."""
-    at_the_end, last = run.dynamics(), int(run.trajectory["step"].values[-1])
+    at_the_end, last = run.changes(), int(run.trajectory["step"].values[-1])
     try:
         logged = logger.steps_with()
         if at_the_end and last in logger.steps_with(*at_the_end):
@@ -250,16 +226,23 @@ def _send(run: _Run, logger: _Publisher, *, media: bool, trajectory: bool) -> No
                 logger.log_metrics(metrics, step=step)
         if at_the_end:
             logger.log_metrics(at_the_end, step=last)
-        found = media_of(run.path)[0] if media else {}
-        if found and last not in logger.steps_with(next(iter(found))):
-            logger.log_media(found, last)
+        at_last_step = _media_of(run) if media else {}
+        if at_last_step and last not in logger.steps_with(next(iter(at_last_step))):
+            logger.log_media(at_last_step, last)
         if trajectory:
             logger.log_trajectory(run.path)
     except BaseException:
-        with suppress(Exception):  # the first one is the one to report
+        with suppress(Exception):  # report the first error, not this one
             logger.finalize("failed")
         raise
     logger.finalize("success" if run.is_finished else "failed")
+
+
+def _media_of(run: _Run) -> dict[str, Any]:
+    """Figures and tables."""
+    from svf_lightning.wandb_media import run_media  # draws with plotly
+
+    return run_media(run.path)[0]
 
 
 def _offline_runs(run_dir: Path, run_id: str) -> list[Path]:
@@ -270,9 +253,9 @@ def _offline_runs(run_dir: Path, run_id: str) -> list[Path]:
 
 
 def _is_open(folder: Path) -> bool:
-    """True while a W&B process writes into the directory of an offline run."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # of another user, or gone
+    """True while W&B's process, which this one has started, writes into the directory of an offline run."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):  # the process has ended
             if any(Path(file.path).parent == folder and file.path.endswith(".wandb") for file in process.open_files()):
                 return True
     return False

@@ -1,0 +1,15 @@
+"""The commands that run a model, with LightningCLI: ``fit``, ``validate``, ``test``, ``replay``."""
+
+from svf_lightning.cli.presets import DEFAULT_PRESET, preset_path, presets
+from svf_lightning.cli.run import FitSettings, Interrupted, RunCLI, fit, run_command
+
+__all__ = [
+    "DEFAULT_PRESET",
+    "FitSettings",
+    "Interrupted",
+    "RunCLI",
+    "fit",
+    "preset_path",
+    "presets",
+    "run_command",
+]

@@ -1,0 +1,75 @@
+"""Presets that travel with the package, and which configuration a command line starts from."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from svf_lightning.arguments import CommandLine
+from svf_lightning.cli.messages import suggestion
+from svf_lightning.errors import InputError
+from svf_lightning.run.directory import CONFIG, is_replay, owner_of
+
+DEFAULT_PRESET = "single_pair"
+COMMANDS = ("fit", "validate", "test", "replay")
+CONFIG_FLAGS = ("--config", "-c")
+_DEFAULT_REPLAY = "tiny_suite"
+_DEFAULTS = "defaults"
+
+
+def folder_of(command: str | None) -> str:
+    """Folder of the presets of a command: those of `replay` lie in the folder of that name."""
+    return "replay" if command == "replay" else ""
+
+
+def preset_path(name: str, folder: str = "") -> Path:
+    """File of a preset that travels with the package."""
+    return Path(str(resources.files("svf_lightning.configs"))) / folder / f"{name}.yaml"
+
+
+def defaults_path(folder: str = "") -> Path:
+    """File of what all presets of a folder start from."""
+    return preset_path(_DEFAULTS, folder)
+
+
+def presets(folder: str = "") -> list[str]:
+    """Names of the presets that travel with the package."""
+    return sorted(path.stem for path in defaults_path(folder).parent.glob("*.yaml") if path.stem != _DEFAULTS)
+
+
+def with_preset(line: CommandLine) -> list[str]:
+    """The arguments with a configuration: the one given, else that of the run that goes on, else the default preset.
+
+    Raises:
+        InputError: The configuration that was given is neither a file nor a preset.
+    """
+    command = line.command
+    if command is None:
+        return list(line.args)
+    folder = folder_of(command)
+    if line.values(*CONFIG_FLAGS):
+        return line.with_values(lambda given: _config_file(given, folder), *CONFIG_FLAGS)
+    run_dir: Path | None = None
+    if folder:
+        given = line.option("--run_dir")
+        run_dir = Path(given) if given and is_replay(Path(given)) else None
+    else:
+        checkpoint = line.option("--ckpt_path")
+        run_dir = owner_of(Path(checkpoint)) if checkpoint else None
+    config = run_dir / CONFIG if run_dir else preset_path(_DEFAULT_REPLAY if folder else DEFAULT_PRESET, folder)
+    at = list(line.args).index(command) + 1
+    return [*line.args[:at], "--config", str(config), *line.args[at:]]
+
+
+def _config_file(given: str, folder: str) -> str:
+    """A file as it is; else the preset of that name, so that presets work from any folder."""
+    path = Path(given)
+    if path.is_file():
+        return given
+    known = presets(folder)
+    if path.stem in known and path.parts[:-1] in ((), ("configs",), ("configs", folder), (folder,)):
+        return str(preset_path(path.stem, folder))
+    raise InputError(
+        f"--config {given}: there is no such file. {suggestion(path.stem, known)}"
+        f"Allowed: a YAML file, or one of the presets {', '.join(known)}. Fix: check the path."
+    )
