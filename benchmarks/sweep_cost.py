@@ -18,7 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from svf_lightning.sweep.file import Trial, read_sweep
+from svf_lightning.sweep.file import read_sweep
+from svf_lightning.sweep.trial import Trial
 
 
 def alone(trial: Trial, folder: Path, threads: int) -> float:
