@@ -480,6 +480,7 @@ def test_qr_with_a_tolerance_does_without_qr_only_where_cholesky_is_enough(monke
 # --- errors
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("W_Q", "W_K", "offending"),
     [
@@ -493,6 +494,7 @@ def test_weights_that_do_not_fit_are_an_input_error_that_names_the_shape(W_Q, W_
         AttentionHeads(torch.zeros(W_Q), torch.zeros(W_K))
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("name", ["b_Q", "b_K"])
 @pytest.mark.parametrize("shape", [(13,), (3, 13), (5,), (3, 5, 1)], ids=str)
 def test_bias_that_does_not_fit_is_an_input_error_that_names_the_shape(name, shape):

@@ -681,6 +681,7 @@ def test_results_stay_on_their_device_and_agree_with_the_cpu(function, shapes, d
         torch.testing.assert_close(part.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("function", "shapes", "named"),
     [

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 
 from svf_lightning.errors import InputError
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
-from svf_lightning.trajectory import TrajectoryStore, open_trajectory
+from svf_lightning.quantities import Quantity, stored_quantities
+from svf_lightning.rows import Rows
+from svf_lightning.trajectory import TrajectoryStore, measured_by, open_trajectory
 
 I, D, N, R = 3, 7, 11, 5  # noqa: E741
 
 
-def rows(start, stop, seed=0):
+def columns(start, stop, seed=0):
     """Columns whose values depend on the step alone, so that any two writers agree."""
     draws = [np.random.default_rng((seed, t)) for t in range(start, stop)]
 
@@ -24,7 +27,6 @@ def rows(start, stop, seed=0):
         return np.stack([g.normal(size=shape).astype("f4") for g in draws])
 
     return {
-        "step": ((), np.arange(start, stop)),
         "alignment/matched": (("instance",), normal(I)),
         "loss/total": (("instance",), normal(I)),
         "W": (("instance", "d_model", "feature"), normal(I, D, N)),
@@ -34,16 +36,29 @@ def rows(start, stop, seed=0):
     }
 
 
-COORDS = {"seed": (("instance",), np.array([4, 5, 6]))}
+SEEDS = np.array([4, 5, 6])
+KNOWN = {
+    q.name: q
+    for q in (
+        Quantity("alignment/matched", "alignment", "How well they align.", unit="|cosine|", low=0, high=1),
+        Quantity("not/measured", "something else"),
+    )
+}
+
+
+def rows(start, stop, seed=0):
+    """The columns as rows of a run of three instances."""
+    coords = {"seed": (("instance",), SEEDS)}
+    return Rows(np.arange(start, stop), columns(start, stop, seed), ("instance",), coords, KNOWN)
 
 
 def test_what_was_appended_is_read_back_with_its_labels(tmp_path):
     store = TrajectoryStore(tmp_path, rows_per_chunk=8)
     for a, b in ((0, 8), (8, 11), (11, 16), (16, 29)):  # chunks that fill up, and chunks that do not
-        store.append(rows(a, b), COORDS)
+        store.append(rows(a, b))
     dataset = open_trajectory(tmp_path)
-    expected = rows(0, 29)
-    assert dataset["seed"].values.tolist() == [4, 5, 6]
+    expected = columns(0, 29)
+    assert dataset["seed"].values.tolist() == SEEDS.tolist()
     assert dataset["step"].values.tolist() == list(range(29))
     for name in ("alignment/matched", "loss/total", "W", "U", "V"):
         assert dataset[name].dims == ("step", *expected[name][0])
@@ -53,7 +68,7 @@ def test_what_was_appended_is_read_back_with_its_labels(tmp_path):
 
 
 def test_what_follows_from_the_rest_is_computed_on_access(tmp_path):
-    TrajectoryStore(tmp_path).append(rows(0, 6), COORDS)
+    TrajectoryStore(tmp_path).append(rows(0, 6))
     dataset = open_trajectory(tmp_path)
     W, U, V = (torch.tensor(dataset[name].values) for name in "WUV")
     np.testing.assert_array_equal(dataset["gram"].values, gram(W))
@@ -66,79 +81,195 @@ def test_what_follows_from_the_rest_is_computed_on_access(tmp_path):
 
 
 def test_rows_from_a_step_on_can_be_forgotten_and_written_again(tmp_path):
-    TrajectoryStore(tmp_path, rows_per_chunk=8).append(rows(0, 21, seed=1), COORDS)
+    TrajectoryStore(tmp_path, rows_per_chunk=8).append(rows(0, 21, seed=1))
     store = TrajectoryStore(tmp_path, rows_per_chunk=8)  # another process
     store.truncate(before_step=13)
     assert open_trajectory(tmp_path).sizes["step"] == 13
-    store.append(rows(13, 30), COORDS)
+    store.append(rows(13, 30))
     dataset = open_trajectory(tmp_path)
     assert dataset["step"].values.tolist() == list(range(30))
-    np.testing.assert_array_equal(dataset["W"].values[:13], rows(0, 13, seed=1)["W"][1])
-    np.testing.assert_array_equal(dataset["W"].values[13:], rows(13, 30)["W"][1])
+    np.testing.assert_array_equal(dataset["W"].values[:13], columns(0, 13, seed=1)["W"][1])
+    np.testing.assert_array_equal(dataset["W"].values[13:], columns(13, 30)["W"][1])
 
 
 def test_a_reader_sees_whole_rows_while_the_writer_writes(tmp_path):
     store = TrajectoryStore(tmp_path, rows_per_chunk=8)
-    store.append(rows(0, 5), COORDS)
+    store.append(rows(0, 5))
     early = open_trajectory(tmp_path)
-    store.append(rows(5, 20), COORDS)
+    store.append(rows(5, 20))
     assert early.sizes["step"] == 5
-    np.testing.assert_array_equal(early["W"].values, rows(0, 5)["W"][1])
+    np.testing.assert_array_equal(early["W"].values, columns(0, 5)["W"][1])
     assert open_trajectory(tmp_path).sizes["step"] == 20
 
 
 def test_rows_whose_metadata_did_not_arrive_are_invisible_and_do_no_harm(tmp_path, monkeypatch):
     """The process dies between the chunks and the rename that makes them visible."""
     store = TrajectoryStore(tmp_path, rows_per_chunk=8)
-    store.append(rows(0, 12), COORDS)
+    store.append(rows(0, 12))
     monkeypatch.setattr(store, "_commit", lambda n: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store.append(rows(12, 30, seed=9), COORDS)
+        store.append(rows(12, 30, seed=9))
     assert open_trajectory(tmp_path).sizes["step"] == 12
-    TrajectoryStore(tmp_path, rows_per_chunk=8).append(rows(12, 25), COORDS)
-    np.testing.assert_array_equal(open_trajectory(tmp_path)["W"].values, rows(0, 25)["W"][1])
+    TrajectoryStore(tmp_path, rows_per_chunk=8).append(rows(12, 25))
+    np.testing.assert_array_equal(open_trajectory(tmp_path)["W"].values, columns(0, 25)["W"][1])
 
 
 WRITER = """
-import sys; sys.path.insert(0, {tests!r})
+import os, sys; sys.path.insert(0, {tests!r})
 from test_trajectory import *
-store = TrajectoryStore({folder!r}, rows_per_chunk=8)
-for t in range(0, 100_000, 7):
-    store.append(rows(t, t + 7), COORDS)
-    print(t, flush=True)
+for folder in {folders!r}:  # one child after the other, as the imports take seconds
+    child = os.fork()
+    if child == 0:
+        store = TrajectoryStore(folder, rows_per_chunk=8)
+        for t in range(0, 100_000, 7):
+            store.append(rows(t, t + 7))
+            print(folder, t, flush=True)
+    print(folder, "begun", child, flush=True)
+    os.waitpid(child, 0)
 """
 
 
 def test_a_writer_killed_at_any_moment_leaves_whole_and_right_rows(tmp_path):
-    for attempt in range(4):
-        folder = tmp_path / str(attempt)
-        code = WRITER.format(tests=os.path.dirname(__file__), folder=str(folder))
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
-            while int(writer.stdout.readline()) < 35:
-                pass
+    folders = [str(tmp_path / str(attempt)) for attempt in range(4)]
+    code = WRITER.format(tests=os.path.dirname(__file__), folders=folders)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
+        for attempt, folder in enumerate(folders):
+            child, n_written = None, 0
+            while child is None or n_written < 35:
+                name, *said = writer.stdout.readline().split()
+                if name != folder:  # what an earlier child said before it was killed
+                    continue
+                if said[0] == "begun":
+                    child = int(said[1])
+                else:
+                    n_written = int(said[0])
             time.sleep(0.013 * attempt)
-            writer.send_signal(signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+    for folder in folders:
         dataset = open_trajectory(folder).load()
         n = dataset.sizes["step"]
         assert n >= 35
         for name in ("W", "alignment/matched", "loss/total", "U"):
-            np.testing.assert_array_equal(dataset[name].values, rows(0, n)[name][1])
+            np.testing.assert_array_equal(dataset[name].values, columns(0, n)[name][1])
 
 
 def test_other_quantities_than_before_are_refused(tmp_path):
     store = TrajectoryStore(tmp_path)
-    store.append(rows(0, 3), COORDS)
-    fewer = {name: column for name, column in rows(3, 5).items() if name != "loss/total"}
+    store.append(rows(0, 3))
+    fewer = {name: column for name, column in columns(3, 5).items() if name != "loss/total"}
     with pytest.raises(InputError, match="other quantities"):
-        store.append(fewer, COORDS)
+        store.append(replace(rows(3, 5), values=fewer))
     assert open_trajectory(tmp_path).sizes["step"] == 3
 
 
 def test_a_folder_without_a_trajectory_and_a_damaged_one_are_named(tmp_path):
     with pytest.raises(InputError, match=r"is not a trajectory.*Fix"):
         open_trajectory(tmp_path)
-    TrajectoryStore(tmp_path).append(rows(0, 3), COORDS)
+    TrajectoryStore(tmp_path).append(rows(0, 3))
     metadata = tmp_path / "trajectory.zarr" / ".zmetadata"
     metadata.write_text(json.dumps({"metadata": {}}))
     with pytest.raises(InputError, match="damaged"):
         open_trajectory(tmp_path)
+
+
+def test_only_what_is_asked_for_is_kept(tmp_path):
+    store = TrajectoryStore(tmp_path)
+    for start in (0, 4):
+        store.append(rows(start, start + 4), include=["W", "loss/total"])
+    dataset = open_trajectory(tmp_path)
+    assert {"W", "loss/total", "gram"} <= set(dataset)  # the Gram matrix follows from W
+    assert not {"U", "V", "alignment/matched", "cosine_left"} & set(dataset)
+    np.testing.assert_array_equal(dataset["loss/total"].values, columns(0, 8)["loss/total"][1])
+
+
+def test_what_is_known_of_the_quantities_travels_with_them(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 3))
+    dataset = open_trajectory(tmp_path)
+    assert stored_quantities(dataset)["alignment/matched"] == KNOWN["alignment/matched"]
+    assert "not/measured" not in stored_quantities(dataset)
+    attributes = dataset["alignment/matched"].attrs
+    assert (attributes["long_name"], attributes["units"]) == ("alignment", "|cosine|")
+    assert (attributes["description"], attributes["valid_min"], attributes["valid_max"]) == (
+        "How well they align.",
+        0,
+        1,
+    )
+    assert dataset["cosine_left"].attrs["units"] == "|cosine|"  # of what is derived, this package knows
+    assert dataset["loss/total"].attrs == {}  # these rows say nothing of it
+
+
+def test_rows_that_are_read_back_are_the_numbers_that_were_written(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 9))
+    found = Rows.read(open_trajectory(tmp_path).isel(step=[2, 8]), KNOWN)
+    assert found.steps.tolist() == [2, 8]
+    assert found.batch_dims == ("instance",)
+    assert set(found.values) == {"alignment/matched", "loss/total"}  # without further dimensions
+    dims, values = found.values["loss/total"]
+    assert dims == ("instance",)
+    np.testing.assert_array_equal(values, columns(0, 9)["loss/total"][1][[2, 8]])
+    assert found.quantity("alignment/matched").unit == "|cosine|"
+    assert found.quantity("loss/total") == Quantity("loss/total")
+
+
+def test_chunks_that_are_joined_are_the_rows_in_one_piece():
+    joined = Rows.joined([rows(0, 4), rows(4, 5), rows(5, 11)])
+    assert joined.steps.tolist() == list(range(11))
+    for name, (dims, values) in columns(0, 11).items():
+        if name != "pair/index":  # it holds the first step of its chunk
+            assert joined.values[name][0] == dims
+            np.testing.assert_array_equal(joined.values[name][1], values)
+    assert joined.coords["seed"][1].tolist() == SEEDS.tolist()
+
+
+def test_the_rows_of_some_instances_keep_what_is_of_no_instance():
+    values = {**columns(0, 3), "shared": ((), np.arange(3.0))}
+    whole = replace(rows(0, 3), values=values)
+    some = whole.of_instances(slice(1, 3))
+    np.testing.assert_array_equal(some.values["W"][1], values["W"][1][:, 1:])
+    assert some.values["shared"][1].tolist() == [0, 1, 2]
+    assert some.coords["seed"][1].tolist() == [5, 6]
+
+
+def test_a_logger_gets_every_nth_row_and_the_last_one_as_each_quantity_says():
+    known = {
+        "alignment/matched": Quantity("alignment/matched"),
+        "loss/total": Quantity("loss/total", logged="mean"),
+        "detail": Quantity("detail", logged="no"),
+    }
+    values = {**columns(0, 8), "detail": (("instance",), np.zeros((8, I)))}
+    logged = replace(rows(0, 8), values=values, quantities=known).to_log(every=3, last=7)
+    assert [step for step, _ in logged] == [0, 3, 6, 7]
+    matched = values["alignment/matched"][1]
+    for step, metrics in logged:
+        assert set(metrics) == {"alignment/matched", "alignment/matched/min", "alignment/matched/max", "loss/total"}
+        assert metrics["alignment/matched"] == pytest.approx(matched[step].mean())
+        assert metrics["alignment/matched/min"] == pytest.approx(matched[step].min())
+        assert metrics["alignment/matched/max"] == pytest.approx(matched[step].max())
+
+
+def test_a_dimension_with_two_sizes_is_refused_before_anything_is_written(tmp_path):
+    values = {"a": (("pair",), np.zeros((2, 3))), "mine": (("pair",), np.zeros((2, 5)))}
+    with pytest.raises(InputError, match=r"'pair' has size 3 in 'a' and 5 in 'mine'.*Fix: "):
+        TrajectoryStore(tmp_path).append(Rows(np.arange(2), values, ()))
+    assert list(tmp_path.iterdir()) == []
+    coords = {"name": (("pair",), np.array(["x", "y"]))}
+    with pytest.raises(InputError, match="'pair' has size 3 in 'a' and 2 in 'name'"):
+        TrajectoryStore(tmp_path).append(Rows(np.arange(2), {"a": values["a"]}, (), coords))
+
+
+def test_a_store_goes_on_under_the_names_of_dimensions_that_it_has(tmp_path):
+    """Names of dimensions may change between versions; the numbers belong to the same quantity."""
+    for steps, dim in ((np.arange(2), "old"), (np.arange(2, 5), "new")):
+        values = np.arange(3 * len(steps), dtype="f4").reshape(-1, 3)
+        TrajectoryStore(tmp_path).append(Rows(steps, {"a": ((dim,), values)}, ()))
+    stored = open_trajectory(tmp_path)["a"]
+    assert stored.dims == ("step", "old")
+    assert stored.shape == (5, 3)
+
+
+def test_the_store_says_how_its_rows_were_measured(tmp_path):
+    metrics = {"Mine": {"version": 1, "power": 2.0}}
+    TrajectoryStore(tmp_path, metrics=metrics).append(rows(0, 2))
+    assert measured_by(tmp_path / "trajectory.zarr") == metrics
+    TrajectoryStore(tmp_path / "other").append(rows(0, 2))
+    assert measured_by(tmp_path / "other" / "trajectory.zarr") is None

@@ -1,41 +1,21 @@
+"""AttentionSparsity against dense decompositions: in the toy model, in a module of a user, and over prompts."""
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from helpers.probes import parts
+from helpers.training import train
 
 from svf_lightning.callbacks import AttentionSparsity, Capture, TrajectoryWriter
-from svf_lightning.callbacks.causal_ablation import CausalAblation, chosen
 from svf_lightning.errors import InputError
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import n_recon, relative_attention, sparseness
-from svf_lightning.probe import AttendedScores, Outcome, Probe
-from svf_lightning.toy import ToyAttentionModel, ToyData
+from svf_lightning.probe import Probe
+from svf_lightning.toy import ToyData
 from svf_lightning.trajectory import open_trajectory
 
 # ---- in the toy model
-
-
-def test_attended_pairs_are_those_whose_key_carries_the_attended_feature():
-    data = ToyData(n_features=11, n_instances=3, batch_size=64, context_length=5, streams="separate", seed=[4, 5, 6])
-    pairs = torch.tensor([[0, 7], [2, 3]])
-    queries, keys = data.attended(pairs, 17)
-    assert queries.shape == keys.shape == (3, 17, 11)
-    carries = [(queries[..., i] > 0) & (keys[..., j] > 0) for i, j in pairs.tolist()]
-    # relative to the other keys, a feature that the key has is positive unless the others have more of it
-    attends = [(queries[..., i] > 0) for i, _ in pairs.tolist()]
-    assert torch.stack(attends).any(0).all()
-    assert torch.stack(carries).any(0).float().mean() > 0.8
-    assert torch.equal(queries, data.attended(pairs, 17)[0])
-    assert torch.equal(queries[:, :5], data.attended(pairs, 5)[0])
-
-
-def test_too_rare_pairs_and_a_single_key_are_input_errors():
-    rare = ToyData(n_features=11, batch_size=4, feature_probability=1e-4)
-    with pytest.raises(InputError, match="n_attended"):
-        rare.attended(torch.tensor([[0, 1]]), 50)
-    with pytest.raises(InputError, match="context_length"):
-        ToyData(context_length=1).attended(torch.tensor([[0, 1]]), 1)
 
 
 def test_sparseness_in_training_equals_a_dense_computation_from_the_stored_weights(tmp_path):
@@ -86,12 +66,6 @@ def test_watching_the_sparseness_does_not_change_the_training(tmp_path):
     assert torch.equal(plain.W_Q, watched.W_Q)
 
 
-@pytest.mark.parametrize("options", [{"rope": True, "d_model": 8}, {"template": "zero"}])
-def test_attended_pairs_need_a_head_without_rotary_positions(options):
-    with pytest.raises(InputError, match="n_attended"):
-        ToyAttentionModel(n_attended=4, **options)
-
-
 # ---- in a module of a user's own
 
 
@@ -125,20 +99,11 @@ def test_any_module_with_attended_pairs_in_its_probe_is_measured():
     a = tokens[:, 0] @ U  # [layer, head, n, R]
     c = a[..., None, :] * S[..., None, None, :] * torch.einsum("nmd,lhdr->lhnmr", tokens[:, 1:], V)
     relative = relative_attention(c)[..., 0, :]
-    torch.testing.assert_close(found["prompt/sparseness"].values[0], sparseness(relative).float(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found["prompt/sparseness"][0], sparseness(relative).float(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found["sad/score"][0], relative.sum(-1).mean(-1).float(), rtol=1e-3, atol=1e-4)
 
 
-def parts(n_parts: int, R: int = 6):
-    """Probes that show different pairs of one step, with attention and outcomes."""
-    g = torch.Generator().manual_seed(1)
-    for i in range(n_parts):
-        tensors = {name: torch.randn(2, 3, 5, R, generator=g) for name in ("query", "key", "direction")}
-        scores = AttendedScores(
-            **tensors, S=torch.rand(2, 3, 5, R, generator=g), attention=torch.rand(2, 3, 5, generator=g),
-            logit_difference=torch.randn(5, generator=g),
-        )  # fmt: skip
-        yield Probe(4, scores=scores, part=(i, n_parts), batch_dims=("layer", "head"), feature_dims=())
+# ---- over the prompts of a step, which come in parts
 
 
 def test_task_heads_are_those_with_most_attention_and_statistics_are_theirs():
@@ -150,7 +115,7 @@ def test_task_heads_are_those_with_most_attention_and_statistics_are_theirs():
     attention = torch.cat([p.scores.attention for p in shown], -1).flatten(0, 1)
     contributions = torch.cat([p.scores.contributions for p in shown], -2).flatten(0, 1)
     task = attention.mean(-1).topk(2).indices
-    assert found["task/layer_head"].values[0].tolist() == task.tolist()
+    assert found["task/layer_head"][0].tolist() == task.tolist()
     assert float(found["sad/task/sparseness"]) == pytest.approx(float(sparseness(contributions[task]).mean()))
     attends = attention >= 0.6
     assert float(found["sad/attending/count"]) == int(attends.sum())
@@ -161,58 +126,38 @@ def test_task_heads_are_those_with_most_attention_and_statistics_are_theirs():
     assert callback.measure(Probe(4, batch_dims=("layer", "head"))) == {}  # the next step begins with nothing
 
 
-@pytest.mark.parametrize("options", [{"n_draws": 0}, {"n_task_heads": 0}, {"attending": 1.0}])
+def test_values_of_single_pairs_are_kept_unless_told_otherwise():
+    found = []
+    for keep in (True, False):
+        callback = AttentionSparsity(n_draws=2, keep_prompts=keep)
+        shown = list(parts(2))
+        for probe in shown:
+            callback.observe(probe)
+        found.append(callback.measure(Probe.stack(shown[:1])))
+    kept, not_kept = found
+    assert all(name.startswith(("prompt/", "draw/", "contribution/")) for name in set(kept) - set(not_kept))
+    assert {"prompt/sparseness", "draw/shared", "contribution/mean"} <= set(kept) - set(not_kept)
+    assert kept["prompt/sparseness"].shape == (1, 2, 3, 10)
+    assert all(torch.equal(value, kept[name]) for name, value in not_kept.items())
+
+
+def test_without_query_key_pairs_there_is_nothing():
+    callback = AttentionSparsity()
+    callback.observe(Probe(0))
+    assert callback.measure(Probe.stack([Probe(0)])) == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_draws": 0}, {"n_task_heads": 0}, {"attending": 1.0}, {"every_n_steps": 0}], ids=str
+)
 def test_options_out_of_range_are_input_errors(options):
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=next(iter(options))):
         AttentionSparsity(**options)
 
 
-# ---- causal ablation
-
-
-def test_chosen_contributions_are_the_top_random_others_or_the_first():
-    v = torch.tensor([[0.5, -4.0, 3.0, 1.0, 2.0, 0.1], [-0.5, 4.0, -3.0, -1.0, -2.0, -0.1]])
-    generator = torch.Generator().manual_seed(0)
-    assert chosen(v, 2, "top", generator).tolist() == [[2, 4], [2, 4]]
-    assert chosen(v, 3, "spectrum", generator).tolist() == [[0, 1, 2], [0, 1, 2]]
-    draws = torch.stack([chosen(v, 2, "random", generator) for _ in range(200)])
-    assert set(draws[:, 0].flatten().tolist()) == {0, 1, 3, 5}  # others than the top ones, all of them at times
-    assert (draws[..., 0] != draws[..., 1]).all()
-
-
-def test_ablation_takes_the_chosen_contributions_off_the_task_heads_alone():
-    shown, calls = [], []
-    for probe in parts(2):
-        scores = probe.scores
-
-        def intervene(removed, scores=scores):
-            calls.append(removed)
-            return Outcome(scores.attention - removed.abs(), scores.logit_difference - removed.sum((0, 1)))
-
-        shown.append(Probe(4, scores=scores, part=probe.part, intervene=intervene, batch_dims=("layer", "head")))
-    callback = CausalAblation(n_removed=2, report=(1, 2), n_task_heads=1)
-    for probe in shown:
-        callback.observe(probe)
-    found = callback.measure(shown[0])
-    attention = torch.cat([p.scores.attention for p in shown], -1).flatten(0, 1)
-    head = int(attention.mean(-1).argmax())
-    assert found["causal/layer_head"].values.tolist() == [[head]]
-    assert all((call.flatten(0, 1)[torch.arange(6) != head] == 0).all() for call in calls)
-    own = torch.cat([p.scores.contributions for p in shown], -2).flatten(0, 1)[head]
-    towards = own * own.sum(-1, keepdim=True).sign()
-    top = own.gather(-1, towards.topk(2).indices).sum(-1)
-    values = found["causal/logit_difference"].values[0]
-    torch.testing.assert_close(values[1, 0], -top)
-    torch.testing.assert_close(values[0, 2], -own[:, 0])
-    torch.testing.assert_close(found["causal/attention"].values[0, 1, 0], -top.abs())
-    paired = values[1, 0] - values[1, 1]
-    half = 1.96 * paired.std() / 10**0.5
-    assert float(found["causal/top_vs_random/logit_difference_high/2"].values) == pytest.approx(
-        float(paired.mean() + half)
-    )
-
-
-def test_a_module_that_cannot_be_run_again_is_left_out():
-    callback = CausalAblation()
-    callback.observe(next(parts(1)))
-    assert callback.measure(next(parts(1))) == {}
+def test_its_options_are_its_arguments():
+    assert AttentionSparsity().options() == {
+        "n_draws": 16, "seed": 0, "n_task_heads": 3, "attending": 0.5, "keep_prompts": True, "every_n_steps": 1,
+    }  # fmt: skip
+    given = {"n_draws": 4, "seed": 1, "n_task_heads": 2, "attending": 0.25, "keep_prompts": False, "every_n_steps": 9}
+    assert AttentionSparsity(**given).options() == given

@@ -6,12 +6,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, train
+from helpers.training import Weights, make_trainer, train
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from svf_lightning.callbacks import (
     Capture,
     FeatureOrthogonality,
+    HeadSharing,
     Measured,
     ProbeMetric,
     RowSink,
@@ -22,9 +23,10 @@ from svf_lightning.callbacks import (
 )
 from svf_lightning.errors import DivergedError, InputError
 from svf_lightning.heads import AttentionHeads
-from svf_lightning.metrics import attended_vs_rest, gram
 from svf_lightning.probe import Probe
-from svf_lightning.toy import ToyAttentionModel, ToyData
+from svf_lightning.quantities import Quantity
+from svf_lightning.run.settings import CaptureOptions, Experiment, Run
+from svf_lightning.toy import ToyData
 from svf_lightning.trajectory import open_trajectory
 
 ALL = (SVDAlignment, FeatureOrthogonality, TrajectoryWriter, StepProgress, RunSummary)
@@ -32,22 +34,6 @@ ALL = (SVDAlignment, FeatureOrthogonality, TrajectoryWriter, StepProgress, RunSu
 
 def capture(**options):
     return [Capture(**options), *(callback() for callback in ALL)]
-
-
-class Weights(pl.Callback):
-    """Keeps the weights before every update, and the loss of every step: an independent witness."""
-
-    def __init__(self):
-        self.weights, self.losses = [], []
-
-    def on_train_batch_start(self, trainer, module, *_):
-        self.weights.append({k: v.detach().clone() for k, v in module.state_dict().items()})
-
-    def on_train_batch_end(self, trainer, module, outputs, *_):
-        self.losses.append(outputs["loss/total"].detach().clone())
-
-    def on_train_end(self, trainer, module):
-        self.on_train_batch_start(trainer, module)
 
 
 def test_a_row_holds_the_weights_of_its_step_and_their_loss(tmp_path):
@@ -58,30 +44,6 @@ def test_a_row_holds_the_weights_of_its_step_and_their_loss(tmp_path):
     np.testing.assert_array_equal(dataset["W"].values, torch.stack([w["W"] for w in witness.weights]))
     np.testing.assert_array_equal(dataset["loss/total"].values[:-1], torch.stack(witness.losses))
     assert np.isfinite(dataset["loss/total"].values[-1]).all()
-
-
-def test_the_metrics_of_a_row_are_those_of_a_dense_computation(tmp_path):
-    witness = Weights()
-    train(tmp_path, steps=9, callbacks=[witness, *capture(chunk=4)])
-    dataset = open_trajectory(tmp_path).load()
-    for t in (0, 5, 9):
-        for i in range(3):
-            w = {k: v[i].double().numpy() for k, v in witness.weights[t].items()}
-            U, S, Vt = np.linalg.svd(w["W_Q"].T @ w["W_K"])
-            unit = w["W"] / np.linalg.norm(w["W"], axis=0)
-            left, right = np.abs(unit.T @ U), np.abs(unit.T @ Vt.T)
-            k = (left[0] * right[1]).argmax()
-            row = dataset.isel(step=t, instance=i)
-            np.testing.assert_allclose(row["singular_values"], S, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(row["cosine_left"], left, atol=2e-3)
-            assert row["pair/index"].item() == k
-            assert row["alignment/left"].item() == pytest.approx(left[0, k], abs=1e-3)
-            assert row["alignment/matched"].item() == pytest.approx((left[0, k] + right[1, k]) / 2, abs=1e-3)
-            assert row["spectrum/stable_rank"].item() == pytest.approx((S**2).sum() / S[0] ** 2, rel=1e-4)
-            G = np.abs(unit.T @ unit)
-            assert row["orthogonality/attended_vs_rest"].item() == pytest.approx(G[:2, 2:].mean(), rel=1e-4)
-            interference = np.linalg.norm(unit.T @ unit - np.eye(11), 2)
-            assert row["orthogonality/interference"].item() == pytest.approx(interference, rel=1e-4)
 
 
 def test_capture_on_or_off_the_weights_are_bit_identical(tmp_path):
@@ -127,6 +89,16 @@ def test_a_schedule_that_cannot_be_is_refused(options):
         Capture(**options)
 
 
+def test_options_that_are_not_given_are_those_of_the_run(tmp_path):
+    run = Run(tmp_path, "fit", Experiment(), CaptureOptions(every_n_steps=5, chunk=3))
+    callback = Capture(log_spaced=2)
+    callback.join(run)
+    assert callback.options == CaptureOptions(every_n_steps=5, log_spaced=2, chunk=3)
+    assert callback.chunk == 3
+    with pytest.raises(InputError, match=r"capture\.chunk=3 and 8 in the Capture callback contradict"):
+        Capture(chunk=8).join(run)
+
+
 @pytest.mark.parametrize("checkpoint_at", [6, 13, 16])
 @pytest.mark.parametrize("options", [{}, {"every_n_steps": 5}])
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(tmp_path, checkpoint_at, options):
@@ -151,6 +123,23 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(tmp_path,
     rows_a, rows_b = open_trajectory(whole).load(), open_trajectory(broken).load()
     for name in rows_a.variables:
         np.testing.assert_array_equal(rows_a[name].values, rows_b[name].values, err_msg=name)
+
+
+def test_a_resumed_run_cuts_its_chunks_where_the_run_would_have_cut_them(tmp_path):
+    class Chunks(RowSink):
+        def __init__(self):
+            self.steps = []
+
+        def consume(self, rows):
+            self.steps.append(rows.steps.tolist())
+
+    saved = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    options, trainer = {"chunk": 4, "every_n_steps": 2}, {"enable_checkpointing": True}
+    first, resumed = Chunks(), Chunks()
+    train(tmp_path, 14, [Capture(**options), first, saved], trainer=trainer)
+    assert first.steps == [[0, 2, 4], [6], [8, 10], [12, 14]]  # cut at checkpoints, too
+    train(tmp_path, 16, [Capture(**options), resumed], ckpt_path=str(tmp_path / "step=6.ckpt"), weights_only=True)
+    assert resumed.steps == [[6], [8, 10, 12, 14], [16]]
 
 
 class OtherModule(pl.LightningModule):
@@ -223,8 +212,57 @@ def test_a_metric_of_a_user_is_logged_and_kept_like_the_others(tmp_path):
     np.testing.assert_allclose(dataset["norm/mean"], expected.mean(-1), rtol=1e-6)
 
 
+def test_a_quantity_that_declares_its_dimensions_is_measured_as_a_plain_tensor(tmp_path):
+    class Norms(ProbeMetric):
+        quantities = (
+            Quantity("norms", "length of the features", unit="length", dims=("feature",)),
+            Quantity("norm/shared", "one number for all instances"),
+        )
+
+        def measure(self, probe):
+            norms = probe.features.norm(dim=-2)
+            return {"norms": norms, "norm/shared": norms.mean((-1, -2))}
+
+    witness = Weights()
+    train(tmp_path, steps=5, callbacks=[witness, Norms(), TrajectoryWriter()])
+    dataset = open_trajectory(tmp_path)
+    assert dataset["norms"].dims == ("step", "instance", "feature")
+    assert dataset["norms"].attrs["units"] == "length"
+    assert dataset["norm/shared"].dims == ("step",)
+    expected = torch.stack([w["W"].norm(dim=-2) for w in witness.weights])
+    np.testing.assert_allclose(dataset["norms"], expected, rtol=1e-6)
+
+
+class Undeclared(ProbeMetric):
+    """Measures a length for each feature, and declares nothing."""
+
+    def measure(self, probe):
+        return {"norms": probe.features.norm(dim=-2)}
+
+
+class Scalar(Undeclared):
+    quantities = (Quantity("norms", dims=("d_model", "feature", "more")),)
+
+
+@pytest.mark.parametrize("metric", [Undeclared, Scalar])
+def test_a_value_whose_dimensions_are_not_those_declared_is_an_error_that_says_what_to_declare(tmp_path, metric):
+    with pytest.raises(InputError, match=r"'norms' was measured with 3 dimensions.*Fix: add Quantity\('norms', dims"):
+        train(tmp_path, 3, [Capture(), metric(), TrajectoryWriter()])
+
+
+def test_a_value_that_is_measured_twice_without_being_declared_is_an_error_that_names_the_metric(tmp_path):
+    class Twice(ProbeMetric):
+        def measure(self, probe):
+            return {"spectrum/sigma_1": probe.features.norm(dim=-2).mean(-1)}
+
+    with pytest.raises(
+        InputError, match=r"Twice measures 'spectrum/sigma_1', which another .* Fix: rename it in Twice"
+    ):
+        train(tmp_path, callbacks=[SVDAlignment(), Twice()])
+
+
 def test_two_metrics_of_one_name_are_an_error(tmp_path):
-    with pytest.raises(InputError, match="two callbacks measure 'spectrum/"):
+    with pytest.raises(InputError, match="SVDAlignment is in the run twice, and both measure 'spectrum/"):
         train(tmp_path, callbacks=[SVDAlignment(), SVDAlignment()])
 
 
@@ -272,39 +310,12 @@ def test_an_instance_that_diverges_is_named_and_all_of_them_end_the_run(tmp_path
         train(tmp_path / "all", steps=8, callbacks=capture(chunk=4), model={"lambda_attn": 3e38})
 
 
-def test_a_second_training_does_not_write_over_the_first(tmp_path):
-    train(tmp_path, callbacks=capture())
-    before = open_trajectory(tmp_path).load()
-    with pytest.raises(InputError, match="already holds"):
-        train(tmp_path, callbacks=capture(), model={"seed": 5})
-    assert before.equals(open_trajectory(tmp_path).load())
-
-
-def test_without_a_head_there_is_geometry_and_no_alignment(tmp_path):
-    model = train(tmp_path, callbacks=capture(), model={"template": "zero"}, data={"context_length": 0})
-    dataset = open_trajectory(tmp_path)
-    assert not any(str(name).startswith(("alignment", "spectrum")) for name in dataset)
-    assert "orthogonality/attended_vs_rest" not in dataset
-    _, rest = attended_vs_rest(gram(model.W.detach()), torch.zeros(11, dtype=torch.bool))
-    np.testing.assert_allclose(dataset["orthogonality/rest_vs_rest"].values[-1], rest, rtol=1e-6)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_rows_are_those_of_the_gpus_weights(tmp_path):
     witness = Weights()
     train(tmp_path, steps=9, callbacks=[witness, *capture(chunk=4)], trainer={"accelerator": "gpu", "devices": 1})
     expected = torch.stack([w["W"].cpu() for w in witness.weights])
     np.testing.assert_array_equal(open_trajectory(tmp_path)["W"].values, expected)
-
-
-def test_every_target_pair_may_be_left_unmatched_but_never_matched_twice(tmp_path):
-    """More pairs than singular vectors: the rest counts as not aligned."""
-    pairs = [(i, i + 4, 2.0) for i in range(4)]
-    settings = {"template": pairs, "target_logit": None, "d_head": 2, "n_instances": 1}
-    model = ToyAttentionModel(n_features=11, d_model=7, **settings)
-    found = SVDAlignment().measure(Probe.stack([model.probe().snapshot()]))
-    index = found["pair/index"].values.flatten().tolist()
-    assert sorted(index) == [-1, -1, 0, 1]
 
 
 class InterruptsWhileWriting(RowSink):
@@ -338,3 +349,33 @@ def test_a_chunk_that_is_being_written_when_ctrl_c_comes_is_whole(tmp_path):
     assert steps == list(range(len(steps)))
     assert len(steps) >= 8
     assert driver.last.steps[-1] == steps[-1]
+
+
+VARIANT = {"n_features": 11, "d_model": 7, "d_head": 4, "n_instances": 2, "init_feature_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "dims"),
+    [
+        ({}, ("instance",)),
+        ({"n_heads": 3}, ("instance", "head")),
+        ({"rope": True, "context_length": 5}, ("instance", "offset")),
+        ({"n_heads": 3, "rope": True, "context_length": 5}, ("instance", "head", "offset")),
+    ],
+)
+def test_every_variant_is_captured_with_its_own_dimensions(tmp_path, options, dims):
+    callbacks = [Capture(chunk=4), SVDAlignment(), FeatureOrthogonality(), HeadSharing(), TrajectoryWriter()]
+    model = train(tmp_path, steps=6, model={**VARIANT, **options}, callbacks=callbacks)
+    dataset = open_trajectory(tmp_path)
+    assert dataset["alignment/matched"].dims == ("step", *dims)
+    assert dataset["U"].dims == ("step", *dims, "d_model", "rank")
+    assert dataset["W"].dims == ("step", "instance", "d_model", "feature")
+    assert dataset["orthogonality/interference"].dims == ("step", "instance")
+    assert dataset["loss/total"].dims == ("step", "instance")
+    probe = model.probe()
+    U = probe.heads.svd().U.detach()
+    W = model.W.detach().reshape(2, *(1,) * (len(dims) - 1), 7, 11)
+    expected = torch.nn.functional.normalize(W, dim=-2).mT @ U
+    np.testing.assert_allclose(dataset["cosine_left"].isel(step=-1), expected.abs(), atol=2e-6)
+    one = dataset["cosine_left"].isel(step=-1, instance=1).values
+    np.testing.assert_allclose(one, expected.abs()[1], atol=2e-6)

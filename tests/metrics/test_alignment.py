@@ -112,6 +112,7 @@ def test_nan_feature_gives_nan_cosines_and_leaves_the_others_alone():
     assert torch.equal(got[others], clean[others])
 
 
+@pytest.mark.wrong_shapes
 def test_features_and_vectors_of_different_spaces_are_an_input_error_that_names_the_shape():
     with pytest.raises(InputError, match=r"vectors\.shape=\(2, 13, 7\).*\[\.\.\., 17, R\]"):
         cosine_matrix(torch.zeros(2, 17, 11), torch.zeros(2, 13, 7))

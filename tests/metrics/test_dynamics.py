@@ -75,6 +75,7 @@ def test_series_with_a_value_that_is_not_finite_has_no_time(value, position):
     assert got[[0, 2]].tolist() == [3, 3]
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(("n_values", "n_steps"), [(3, 4), (4, 3), (0, 0), (0, 2), (2, 0)])
 def test_unequal_or_empty_lengths_are_an_input_error(n_values, n_steps):
     with pytest.raises(InputError, match=rf"series={n_values}\b.*\({n_steps}\)"):

@@ -154,6 +154,7 @@ def test_mean_cosine_of_the_rest_is_never_negative(dtype):
     assert (inside >= 0).all()
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("shape", [(4,), (6,), (1, 5), ()], ids=str)
 def test_mask_of_the_wrong_length_is_an_input_error_that_names_the_shape(shape):
     with pytest.raises(InputError) as error:

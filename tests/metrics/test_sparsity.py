@@ -62,6 +62,7 @@ def test_a_single_key_has_nothing_to_be_relative_to():
     assert relative_attention(randn(1, 5)).isnan().all()
 
 
+@pytest.mark.wrong_shapes
 def test_a_mask_of_another_length_is_an_input_error():
     with pytest.raises(InputError, match="is_key"):
         relative_attention(randn(4, 5), torch.ones(3, dtype=torch.bool))

@@ -7,19 +7,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import Command, run_dir_of
-from models import random_model
-from replays import STEPS, replay
+import yaml
+from helpers.command_line import Command, run_dir_of
+from helpers.models import random_model
+from helpers.replays import STEPS, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svf_lightning.callbacks import (
-    AttentionOverWords,
-    CausalAblation,
-    FeatureOrthogonality,
-    NearestFeature,
-)
+from svf_lightning.callbacks import AttentionOverWords, CausalAblation, FeatureOrthogonality, NearestFeature
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import cosine_matrix, relative_attention, sparseness
+from svf_lightning.metrics import relative_attention, sparseness
+from svf_lightning.quantities import stored_quantities
 from svf_lightning.replay import (
     CheckpointError,
     CheckpointReplay,
@@ -29,7 +26,7 @@ from svf_lightning.replay import (
     decompose_attention,
 )
 from svf_lightning.replay.bridge import make_bridge
-from svf_lightning.replay.ledger import Ledger
+from svf_lightning.run.ledger import Ledger
 from svf_lightning.trajectory import open_trajectory
 
 
@@ -73,6 +70,29 @@ def test_every_checkpoint_gets_a_row_that_says_what_it_was(suite, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 8)
     assert summary["metrics"]["sad/accuracy"]["mean"] == pytest.approx(float(rows["sad/accuracy"][-1]))
+
+
+def test_everything_that_a_replay_measures_is_told_by_its_trajectory(suite, tmp_path):
+    metrics = (FeatureOrthogonality(), NearestFeature(n_random=3), CausalAblation(n_removed=2), AttentionOverWords())
+    model = CheckpointReplay(features=["the", "and", "to"])
+    rows = replay(FolderCheckpoints(str(suite), steps=[8]), tmp_path, model=model, callbacks=metrics)
+    numbers = {name for name, variable in rows.data_vars.items() if variable.dtype.kind in "biuf"}
+    assert {"words/top", "causal/attention", "sad/accuracy", "nearest/left_feature", "singular_values"} <= numbers
+    told = stored_quantities(rows)
+    assert numbers <= set(told)
+    for name in numbers:
+        own = told[name].dims
+        assert rows[name].dims[:1] == ("step",)
+        assert rows[name].dims[rows[name].ndim - len(own) :] == own, name
+        assert rows[name].dims[1 : rows[name].ndim - len(own)] in ((), ("layer", "head")), name
+
+
+def test_pairs_of_features_and_prompts_whose_contributions_are_removed_are_told_apart(suite, tmp_path):
+    model = CheckpointReplay(features=["the", "and", "to"], feature_pairs=[["the", "and"]])
+    ablation = CausalAblation(n_removed=2)
+    rows = replay(FolderCheckpoints(str(suite), steps=[8]), tmp_path, model=model, callbacks=(ablation,))
+    assert rows["pair/left"].shape == (1, 2, 3, 1)
+    assert rows["causal/attention"].shape == (1, 2, 3, 13)
 
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])
@@ -183,6 +203,67 @@ def test_a_run_that_goes_on_refuses_to_mix_unlike_rows(suite, tmp_path, change, 
         replay(FolderCheckpoints(str(suite)), tmp_path, **change)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ([CausalAblation], [lambda: CausalAblation(seed=1)], r"CausalAblation\.seed=0, and this call has 1"),
+        ([], [lambda: NearestFeature(n_random=5)], r"NearestFeature\.n_random=None, and this call has 5"),
+    ],
+    ids=["another option", "one metric more"],
+)
+def test_a_run_that_goes_on_with_other_options_of_a_metric_is_refused(suite, tmp_path, before, now, message):
+    replay(FolderCheckpoints(str(suite), steps=[0]), tmp_path, callbacks=[make() for make in before])
+    rows = open_trajectory(tmp_path).load()
+    with pytest.raises(InputError, match=f"measured with {message}.*must not mix"):
+        replay(FolderCheckpoints(str(suite)), tmp_path, callbacks=[make() for make in now])
+    assert rows.equals(open_trajectory(tmp_path).load())
+
+
+def test_another_version_of_the_package_goes_on(suite, tmp_path, monkeypatch):
+    replay(FolderCheckpoints(str(suite), steps=[0]), tmp_path)
+    monkeypatch.setattr("svf_lightning.replay.model.__version__", "9.9.9")
+    rows = replay(FolderCheckpoints(str(suite)), tmp_path)
+    assert rows["code_version"].values.tolist()[1:] == ["9.9.9"] * 4
+    assert rows["code_version"].values[0] != "9.9.9"
+
+
+def as_version_0_1_0(run_dir):
+    """The run directory of a replay as version 0.1.0 left it."""
+    identity = json.loads((run_dir / "identity.json").read_text())
+    metrics = identity.pop("metrics")
+    identity.pop("measurement")
+    (run_dir / "identity.json").write_text(json.dumps(identity | {"version": "0.1.0"}))
+    for options in metrics.values():
+        options.pop("version")
+    callbacks = [{"class_path": f"svf_lightning.callbacks.{n}", "init_args": o} for n, o in metrics.items()]
+    callbacks.append({"class_path": "svf_lightning.callbacks.CheckpointTable"})
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    (run_dir / "ledger").rename(run_dir / "checkpoints")
+    for name in (".zattrs", ".zmetadata"):  # trajectories said nothing of their quantities
+        path = run_dir / "trajectory.zarr" / name
+        content = json.loads(path.read_text())
+        (content["metadata"][".zattrs"] if name == ".zmetadata" else content).pop("quantities")
+        path.write_text(json.dumps(content))
+
+
+def test_a_run_of_version_0_1_0_goes_on_with_the_same_options_and_with_no_others(suite, tmp_path):
+    old = tmp_path / "old"
+    replay(FolderCheckpoints(str(suite), steps=[0, 4]), old)
+    as_version_0_1_0(old)
+    with pytest.raises(InputError, match="CausalAblation"):
+        replay(FolderCheckpoints(str(suite)), old, callbacks=(CausalAblation(),))
+    source = Recorded(suite)
+    rows = replay(source, old)
+    assert [step for what, step, _ in source.events if what == "load"] == [1, 2, 8]
+    whole = replay(FolderCheckpoints(str(suite)), tmp_path / "whole")
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(rows[name], whole[name], err_msg=str(name))
+    assert [(entry.step, entry.status) for entry in Ledger(old).entries()] == [(step, "done") for step in STEPS]
+    assert json.loads((old / "identity.json").read_text()) == json.loads(
+        (tmp_path / "whole" / "identity.json").read_text()
+    )
+
+
 def test_the_next_checkpoint_is_fetched_while_the_current_one_is_measured_and_files_are_released(suite, tmp_path):
     source = Recorded(suite)
     replay(source, tmp_path)
@@ -236,39 +317,29 @@ def test_proxy_features_are_embeddings_of_words_or_a_dictionary(suite, tmp_path)
     words = [*list(dict.fromkeys(p.text.split()[-1] for p in ReplayData(source, n_prompts=4).prompts)), "the", "and"]
     tokenizer = source.tokenizer()
     words = [w for w in words if tokenizer.convert_tokens_to_ids(w) != tokenizer.unk_token_id]
-    extra = (FeatureOrthogonality(), NearestFeature(n_random=5))
+    extra = (FeatureOrthogonality(),)
     model = CheckpointReplay(features=words, feature_pairs=[[words[0], words[1]]])
     rows = replay(source, tmp_path / "words", model=model, callbacks=extra).isel(step=0)
     bridge = make_bridge(AutoModelForCausalLM.from_pretrained(suite / "step8").eval())
     X = bridge.W_E[[tokenizer.convert_tokens_to_ids(w) for w in words]].T.detach()
+    np.testing.assert_allclose(rows["W"], X, rtol=1e-6)
+    assert rows["feature_name"].values.tolist() == words
     unit = X / X.norm(dim=0)
     expected = torch.linalg.matrix_norm(unit.T @ unit - torch.eye(len(words)), 2)
     assert float(rows["orthogonality/interference"]) == pytest.approx(float(expected), rel=1e-4)
-    # u_1 of one head, from the dense form with its bias coordinate
-    W_Q = torch.cat([bridge.W_Q[1, 2].T, bridge.b_Q[1, 2][:, None]], 1).double().detach()
-    W_K = torch.cat([bridge.W_K[1, 2].T, bridge.b_K[1, 2][:, None]], 1).double().detach()
-    U, _, Vt = torch.linalg.svd(W_Q.T @ W_K)
-    padded = torch.cat([unit.double(), torch.zeros(1, len(words))])
-    nearest = cosine_matrix(padded, U[:, :1]).max()
-    assert float(rows["alignment/nearest_left"][1, 2]) == pytest.approx(float(nearest), rel=1e-3)
-    unwhitened = padded @ (padded.T @ Vt[0])
-    expected = (padded.T @ unwhitened).abs().max() / unwhitened.norm()
-    assert float(rows["alignment/nearest_unwhitened_right"][1, 2]) == pytest.approx(float(expected), rel=1e-3)
-    assert {"alignment/matched", "alignment/unwhitened"} <= set(rows.data_vars)
-    # few features: un-whitening puts any direction into their span, and the control says so
-    assert float(rows["alignment/nearest_unwhitened_random"]) > float(rows["alignment/nearest_random"])
+    assert rows["alignment/matched"].dims == ("layer", "head")
     np.save(tmp_path / "dictionary.npy", X.numpy())
     model = CheckpointReplay(features=str(tmp_path / "dictionary.npy"))
     again = replay(source, tmp_path / "file", model=model, callbacks=extra).isel(step=0)
-    for name in ("orthogonality/interference", "alignment/nearest_left"):
-        np.testing.assert_allclose(again[name], rows[name], rtol=1e-5)
+    np.testing.assert_allclose(again["orthogonality/interference"], rows["orthogonality/interference"], rtol=1e-5)
+    assert "alignment/matched" not in again  # no pairs are named
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"features": ["not-a-word"]}, "single tokens"),
-        ({"features": "missing.npy"}, "does not exist"),
+        ({"features": "missing.npy"}, r"features: missing\.npy cannot be read"),
         ({"features": ["the"], "feature_pairs": [["the", "and"]]}, "feature_pairs"),
         ({"dtype": "float8"}, "float32"),
         ({"feature_pairs": [["a", "b"]]}, "model.features"),
@@ -277,100 +348,6 @@ def test_proxy_features_are_embeddings_of_words_or_a_dictionary(suite, tmp_path)
 def test_options_that_cannot_be_used_say_why(suite, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         replay(FolderCheckpoints(str(suite)), tmp_path, model=CheckpointReplay(**options))
-
-
-def test_removing_contributions_from_every_head_changes_what_the_model_does(suite, tmp_path):
-    """Independent of the callback: all contributions of a head removed = its relative score set to 0 by hand."""
-    bridge = make_bridge(AutoModelForCausalLM.from_pretrained(suite / "step8").eval())
-    source = FolderCheckpoints(str(suite), steps=[8])
-    ablation = CausalAblation(n_removed=16, report=(1, 16), n_task_heads=1)
-    rows = replay(source, tmp_path, callbacks=(ablation,), n_prompts=7).isel(step=0)
-    layer, head = divmod(int(rows["causal/layer_head"][0]), 3)
-    prompts = ReplayData(source, n_prompts=7).prompts
-    assert (layer, head) == np.unravel_index(rows["prompt/attention"].mean("prompt").argmax(), (2, 3))
-    for i, prompt in enumerate(prompts):
-        off = float(rows["prompt/score"][layer, head, i])
-
-        def change(scores, hook, prompt=prompt, off=off):
-            scores = scores.clone()
-            scores[0, head, prompt.query, prompt.key] -= off
-            return scores
-
-        logits = bridge.run_with_hooks(
-            torch.tensor([prompt.tokens]), fwd_hooks=[(f"blocks.{layer}.attn.hook_attn_scores", change)]
-        )[0, prompt.query]
-        expected = float(logits[prompt.correct] - logits[prompt.wrong]) - float(rows["prompt/logit_difference"][i])
-        for kind in (0, 2):  # with all of them removed, it does not matter in which order
-            found = float(rows["causal/logit_difference"][15, kind, i])
-            assert found == pytest.approx(expected, abs=1e-4)
-
-
-def test_words_of_a_prompt_hold_the_models_own_attention_and_scores_taken_apart(suite, tmp_path):
-    words = AttentionOverWords(n_prompts=3, n_top=16)  # all singular pairs
-    source = FolderCheckpoints(str(suite), steps=[4])
-    rows = replay(source, tmp_path, callbacks=(words,)).isel(step=0)
-    prompts = ReplayData(source, n_prompts=13).prompts
-    bridge = make_bridge(AutoModelForCausalLM.from_pretrained(suite / "step4").eval())
-    tokenizer = source.tokenizer()
-    assert rows["words/prompt"].values.tolist() == [2, 6, 10]
-    for shown, number in enumerate(rows["words/prompt"].values):
-        prompt = prompts[number]
-        n = prompt.query + 1
-        _, cache = bridge.run_with_cache(torch.tensor([prompt.tokens]))
-        own = rows.isel(shown=shown)
-        for layer in range(2):
-            pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, prompt.query, :n].detach().numpy()
-            scores = cache[f"blocks.{layer}.attn.hook_attn_scores"][0, :, prompt.query, :n].detach().numpy()
-            others = (scores.sum(1, keepdims=True) - scores) / (n - 1)
-            here = own.isel(layer=layer, word=slice(n))
-            np.testing.assert_allclose(here["words/attention"], pattern, atol=1e-5)
-            np.testing.assert_allclose(here["words/relative"], scores - others, atol=1e-4)
-            np.testing.assert_allclose(here["words/top"].sum("top"), scores - others, atol=1e-4)
-        assert np.isnan(own["words/attention"].isel(word=slice(n, None))).all()
-        # largest first, in the direction of the score
-        signed = own["words/top"].isel(word=prompt.key) * np.sign(own["words/relative"].isel(word=prompt.key))
-        assert (np.diff(signed.values, axis=-1) <= 1e-6).all()
-        np.testing.assert_array_equal(own["words/top_index"].isel(top=0), rows["prompt/top_index"].isel(prompt=number))
-        for token, (start, end) in zip(prompt.tokens, own["token_span"].values[number], strict=False):
-            if start != end:
-                assert prompt.text[start:end] == tokenizer.decode([token]).strip()
-
-
-def test_the_prompts_whose_words_are_kept_do_not_depend_on_the_batch_size_and_long_ones_are_left_out(suite, tmp_path):
-    source = FolderCheckpoints(str(suite), steps=[8])
-    found = {}
-    for size in (2, 13):
-        words = AttentionOverWords(n_prompts=5)
-        found[size] = replay(source, tmp_path / str(size), callbacks=(words,), batch_size=size)
-    assert found[2]["words/prompt"].values.tolist() == found[13]["words/prompt"].values.tolist()
-    np.testing.assert_allclose(found[2]["words/top"], found[13]["words/top"], atol=2e-4)
-    lengths = found[2]["query_position"].values + 1
-    words = AttentionOverWords(n_prompts=13, max_words=int(np.median(lengths)))
-    short = replay(source, tmp_path / "short", callbacks=(words,))
-    assert short["words/prompt"].values[0].tolist() == np.flatnonzero(lengths <= np.median(lengths)).tolist()
-    none = replay(source, tmp_path / "none", callbacks=(AttentionOverWords(max_words=1),))
-    assert not any(name.startswith("words/") for name in none)
-
-
-def test_words_that_a_sliding_window_hides_have_no_number(tmp_path, suite):
-    tokenizer = AutoTokenizer.from_pretrained(suite / "step8")
-    model = random_model("gemma2")
-    model.resize_token_embeddings(len(tokenizer))
-    source = ModelCheckpoints({0: model}, tokenizer)
-    rows = replay(source, tmp_path, callbacks=(AttentionOverWords(n_prompts=1, n_top=2),), n_prompts=4).isel(step=0)
-    own = rows.isel(shown=0)
-    n = int(rows["query_position"][int(rows["words/prompt"][0])]) + 1
-    seen = np.isfinite(own["words/attention"].values[..., :n]).sum(-1)
-    assert (seen[0] == 5).all()
-    assert (seen[1] == n).all()
-    assert (own["words/top_index"].values[0] == -1).all()  # the attended name is out of sight
-    assert (own["words/top_index"].values[1] >= 0).all()
-
-
-@pytest.mark.parametrize("options", [{"n_prompts": 0}, {"n_top": 0}, {"max_words": 0}])
-def test_options_of_attention_over_words_out_of_range_are_input_errors(options):
-    with pytest.raises(InputError, match=f"{next(iter(options))}=0.*>= 1"):
-        AttentionOverWords(**options)
 
 
 def test_a_model_that_cannot_be_decomposed_stops_the_run_with_a_reason(tmp_path, suite):
@@ -395,24 +372,24 @@ def test_replay_data_is_needed_and_the_probe_needs_a_batch(tmp_path):
 # ---- the command line
 
 
-SHORT = ["--data.n_prompts=9", "--data.batch_size=4", "--trainer.logger=false"]
+SHORT = ["--data.n_prompts=9", "--data.batch_size=4", "--trainer.logger=false", "--report=false"]
 
 
 def suite_options(suite):
     return ["--data.source=svf_lightning.replay.FolderCheckpoints", f"--data.source.init_args.folder={suite}"]
 
 
-def test_the_command_replays_goes_on_and_says_when_nothing_is_missing(suite, command: Command):
+def test_the_command_replays_goes_on_and_says_when_nothing_is_missing(suite, command: Command, typed):
     first = command("replay", *suite_options(suite), "--data.source.init_args.steps=[0,8]", *SHORT)
     assert first.returncode == 0, first.stderr
     run_dir = run_dir_of(first, command)
     assert open_trajectory(run_dir)["step"].values.tolist() == [0, 8]
     for text in ("Checkpoints", "accuracy", "sad/task/sparseness"):
         assert text in first.stdout
-    more = command("replay", f"--run_dir={run_dir}", "--data.source.init_args.steps=[0,2,8]")
+    more = typed("replay", f"--run_dir={run_dir}", "--data.source.init_args.steps=[0,2,8]", "--report=false")
     assert more.returncode == 0, more.stderr
     assert open_trajectory(run_dir)["step"].values.tolist() == [0, 2, 8]
-    again = command("replay", f"--run_dir={run_dir}", "--data.source.init_args.steps=[0,2,8]")
+    again = typed("replay", f"--run_dir={run_dir}", "--data.source.init_args.steps=[0,2,8]", "--report=false")
     assert again.returncode == 0
     assert "nothing to replay" in again.stderr
 
@@ -444,7 +421,7 @@ def test_without_a_network_a_hub_preset_says_so_in_one_line(preset, command: Com
 def test_help_names_every_command(typed):
     result = typed("--help")
     assert result.returncode == 0
-    commands = ("fit", "validate", "test", "replay", "sweep", "report", "publish", "workspace")
+    commands = ("fit", "validate", "test", "replay", "presets", "sweep", "report", "figures", "publish", "workspace")
     assert all(f"  {name} " in result.stdout for name in commands)
     assert "replay" in typed("repaly").stderr
 

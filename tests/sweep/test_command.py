@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import time
 
 import pytest
 import yaml
-from conftest import Command
+from helpers.command_line import Command
 
 from svf_lightning import cli
+from svf_lightning.commands.report import report_sweep
+from svf_lightning.commands.sweep import sweep
 from svf_lightning.errors import InputError
-from svf_lightning.sweep.command import sweep
-from svf_lightning.sweep.results import Sweep, report_sweep
+from svf_lightning.sweep.results import Sweep
 from svf_lightning.wandb_logger import RunLogger
 
 COMMAND = ["${env}", "${interpreter}", "-m", "svf_lightning", "fit", "--config", "robust_seed", "${args}"]
@@ -28,48 +30,77 @@ SHORT = {
 }
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(parameters, **others):
-        path = tmp_path / "few.yaml"
-        content = {
-            "method": "grid",
-            "project": "svf-lightning",
-            "command": COMMAND,
-            "parameters": {**parameters, **SHORT},
-        }
-        path.write_text(yaml.safe_dump({**content, **others}, sort_keys=False))
-        return path
-
-    return write
-
-
 LAMBDA = {"model.lambda_attn": {"values": [1.0, 10.0]}, "seed_everything": {"values": [0, 1]}}
 
 
-def test_a_sweep_runs_every_trial_once_and_goes_on_with_what_is_missing(file, command: Command, tmp_path):
-    path = file(LAMBDA)
-    result = command("sweep", path, "--jobs=1")
+def write(folder, parameters, **others):
+    path = folder / "few.yaml"
+    content = {
+        "method": "grid",
+        "project": "svf-lightning",
+        "command": COMMAND,
+        "parameters": {**parameters, **SHORT},
+    }
+    path.write_text(yaml.safe_dump({**content, **others}, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return lambda parameters, **others: write(tmp_path, parameters, **others)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep of four trials that the real command has run: the folder that it ran in, and its result."""
+    root = tmp_path_factory.mktemp("finished")
+    command = Command(root / "work")
+    command.folder.mkdir()
+    return command.folder, command("sweep", write(root, LAMBDA), "--jobs=1")
+
+
+@pytest.fixture
+def swept(finished, tmp_path):
+    """A copy of that sweep's directory, to be changed."""
+    folder, result = finished
     assert result.returncode == 0, result.stderr
-    folder = command.folder / result.stdout.splitlines()[-1]
-    assert folder == command.folder / "runs" / "sweeps" / "few"
-    summaries = sorted(folder.glob("trials/*/summary.json"))
-    assert len(summaries) == 4
-    written = [path.stat().st_mtime_ns for path in summaries]
+    return shutil.copytree(folder / result.stdout.splitlines()[-1], tmp_path / "swept")
+
+
+def test_a_sweep_runs_every_trial_once_and_writes_its_tables(finished):
+    work, result = finished
+    assert result.returncode == 0, result.stderr
+    folder = work / result.stdout.splitlines()[-1]
+    assert folder == work / "runs" / "sweeps" / "few"
+    assert len(list(folder.glob("trials/*/summary.json"))) == 4
+    assert "4 trials, 0 done before, 4 to run" in result.stderr
+    assert "4 done, 0 failed, 0 missing" in result.stdout
     rows = list(csv.DictReader((folder / "cells.csv").open()))
     assert [(row["model.lambda_attn"], row["n"]) for row in rows] == [("1.0", "2"), ("10.0", "2")]
     assert len(list(csv.DictReader((folder / "trials.csv").open()))) == 4
     assert (folder / "cells.md").read_text().startswith("| lambda_attn | n | failed | missing |")
-    # one more value: only its trials are run
-    again = command("sweep", file({**LAMBDA, "model.lambda_attn": {"values": [1.0, 10.0, 3.0]}}), "--jobs=1")
-    assert "6 trials, 4 done before, 2 to run" in again.stderr
-    assert [path.stat().st_mtime_ns for path in summaries] == written
-    table = command("report", folder, "--below=0.5")
-    assert table.returncode == 0, table.stderr
-    assert "6 done, 0 failed, 0 missing" in table.stdout
-    assert table.stdout.splitlines()[-1] == str(folder / "report.html")
     assert (folder / "report.html").is_file()
     assert "\ntorch==" in (folder / "requirements.txt").read_text()
+
+
+def test_a_sweep_with_one_value_more_runs_the_trials_of_that_value_alone(swept, file, capsys):
+    summaries = sorted(swept.glob("trials/*/summary.json"))
+    written = [path.stat().st_mtime_ns for path in summaries]
+    path = file({**LAMBDA, "model.lambda_attn": {"values": [1.0, 10.0, 3.0]}})
+    assert sweep(str(path), sweep_dir=str(swept), jobs=1) == (swept, 0)
+    assert "6 trials, 4 done before, 2 to run" in capsys.readouterr().err
+    assert [path.stat().st_mtime_ns for path in summaries] == written
+    assert len(list(swept.glob("trials/*/summary.json"))) == 6
+
+
+def test_a_report_of_a_sweep_prints_its_cells_and_where_its_page_is(swept, typed):
+    (swept / "report.html").unlink()
+    table = typed("report", swept, "--below=0.5")
+    assert table.returncode == 0, table.stderr
+    assert "4 done, 0 failed, 0 missing" in table.stdout
+    assert "below 0.5" in table.stdout
+    assert table.stdout.splitlines()[-1] == str(swept / "report.html")
+    assert (swept / "report.html").is_file()
 
 
 def test_a_second_sweep_of_the_same_directory_is_refused_while_one_runs(file, tmp_path):
@@ -96,14 +127,14 @@ def test_a_trial_that_fails_is_counted_and_tried_again_and_the_others_go_on(file
     folder, code = sweep(str(path), sweep_dir=str(tmp_path / "out"), jobs=1)
     assert code == 1
     found = Sweep(folder)
-    states = {trial["label"]: found.state(trial["id"]) for trial in found.trials}
+    states = {trial.label: found.state(trial) for trial in found.trials}
     assert states == {
         "feature_probability=0.1 seed=0": "done",
         "feature_probability=0.1 seed=1": "done",
         "feature_probability=7.0 seed=0": "failed",
         "feature_probability=7.0 seed=1": "failed",
     }
-    assert "feature_probability" in (found.run_dir(found.trials[2]["id"]) / "error.txt").read_text()
+    assert "feature_probability" in (found.trials[2].folder / "error.txt").read_text()
     cells = found.cells()
     assert cells["n"].tolist() == [2, 0]
     assert cells["failed"].tolist() == [0, 2]
@@ -116,16 +147,21 @@ def test_an_option_that_no_trial_can_have_is_a_failure_of_each(file, tmp_path):
     folder, code = sweep(str(file({"model.lambda": {"values": [1, 2]}})), sweep_dir=str(tmp_path / "out"), jobs=1)
     found = Sweep(folder)
     assert code == 1
-    assert [found.state(trial["id"]) for trial in found.trials] == ["failed", "failed"]
-    assert "model.lambda" in (found.run_dir(found.trials[0]["id"]) / "error.txt").read_text()
+    assert [found.state(trial) for trial in found.trials] == ["failed", "failed"]
+    assert "model.lambda" in (found.trials[0].folder / "error.txt").read_text()
 
 
 def processes_of(group):
     return subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True, check=False).stdout
 
 
-def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(file, command: Command):
-    path = file({"seed_everything": {"values": [0, 1]}, "model.n_features": {"values": [20, 21]}})
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A sweep that Ctrl-C has stopped while it trained: its file, its directory, and the process."""
+    root = tmp_path_factory.mktemp("interrupted")
+    command = Command(root / "work")
+    command.folder.mkdir()
+    path = write(root, {"seed_everything": {"values": [0, 1]}, "model.n_features": {"values": [20, 21]}})
     path.write_text(path.read_text().replace("value: 20\n", "value: 1000000\n"))
     process = subprocess.Popen(
         [sys.executable, "-m", "svf_lightning", "sweep", str(path), "--jobs=2"],
@@ -141,6 +177,11 @@ def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(file, command: Co
         assert time.monotonic() < deadline
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
+    return path, folder, process
+
+
+def test_ctrl_c_stops_the_workers_and_the_same_sweep_goes_on(interrupted, capsys):
+    path, folder, process = interrupted
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "0 done, 0 failed, 4 missing" in out
@@ -150,21 +191,19 @@ def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(file, command: Co
         time.sleep(0.2)
     assert left == ""
     path.write_text(path.read_text().replace("value: 1000000\n", "value: 20\n"))
-    again = command("sweep", path, "--jobs=2")
-    assert again.returncode == 0, again.stderr
-    assert "4 done, 0 failed, 0 missing" in again.stdout
+    assert sweep(str(path), sweep_dir=str(folder), jobs=1) == (folder, 0)
+    assert "4 done, 0 failed, 0 missing" in capsys.readouterr().out
 
 
-def test_ray_runs_the_same_trials_and_brings_them_back(file, tmp_path):
+def test_ray_runs_the_same_trials_and_brings_them_back(swept, file, tmp_path):
     pytest.importorskip("ray")
     folder, code = sweep(str(file(LAMBDA)), engine="ray", sweep_dir=str(tmp_path / "ray"), jobs=2)
     assert code == 0
-    local, _ = sweep(str(file(LAMBDA)), sweep_dir=str(tmp_path / "local"), jobs=1)
     names = sorted(path.relative_to(folder) for path in folder.glob("trials/*/*"))
     assert names
-    assert names == sorted(path.relative_to(local) for path in local.glob("trials/*/*"))
+    assert names == sorted(path.relative_to(swept) for path in swept.glob("trials/*/*"))
     mean = "alignment/matched"
-    assert Sweep(folder).table()[mean].round(4).tolist() == Sweep(local).table()[mean].round(4).tolist()
+    assert Sweep(folder).table()[mean].round(4).tolist() == Sweep(swept).table()[mean].round(4).tolist()
 
 
 @pytest.mark.parametrize(
@@ -194,16 +233,15 @@ def test_a_report_needs_a_sweep(tmp_path):
         report_sweep(tmp_path)
 
 
-def test_the_rule_counts_trials_below_it_and_those_without_a_number(file, tmp_path):
-    folder, _ = sweep(str(file(LAMBDA)), sweep_dir=str(tmp_path / "out"), jobs=1)
-    found = Sweep(folder)
+def test_the_rule_counts_trials_below_it_and_those_without_a_number(swept):
+    found = Sweep(swept)
     values = [0.95, 0.85, 0.99, None]
     for trial, value in zip(found.trials, values, strict=True):
-        path = found.run_dir(trial["id"]) / "summary.json"
+        path = trial.folder / "summary.json"
         summary = json.loads(path.read_text())
         summary["metrics"]["alignment/matched"]["mean"] = value
         path.write_text(json.dumps(summary))
-    cells = Sweep(folder).cells(below=0.9)
+    cells = Sweep(swept).cells(below=0.9)
     assert cells["below 0.9"].tolist() == [0.5, 0.5]
     assert cells["mean"].tolist() == pytest.approx([0.9, 0.99])
     assert cells["min"].tolist() == [0.85, 0.99]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import yaml
 from svf_lightning import cli
 from svf_lightning.cli import FitSettings
 from svf_lightning.errors import InputError
-from svf_lightning.sweep.cohort import Member, train
+from svf_lightning.sweep.cohort import train
 from svf_lightning.sweep.file import read_sweep
+from svf_lightning.sweep.trial import Trial
 
 FILES = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 COMMAND = ["${env}", "${interpreter}", "-m", "svf_lightning", "fit", "--config", "robust_seed", "${args}"]
@@ -89,7 +91,7 @@ def test_a_shortened_trial_of_every_shipped_file_runs_and_measures_the_metric_th
     read = read_sweep(path)
     trial = read.trials()[0]
     short = ["--trainer.max_steps=6", "--data.batch_size=8", "--capture.every_n_steps=3", "--trainer.logger=false"]
-    train([Member(trial.id, tmp_path / trial.id, fit.of([*trial.args[1:], *short]), trial.label, read.name)])
+    train([replace(trial, run_dir=tmp_path / trial.id, config=fit.of([*trial.args[1:], *short]))])
     summary = json.loads((tmp_path / trial.id / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 6)
     assert read.metric in summary["metrics"]
@@ -204,3 +206,13 @@ def test_a_grid_over_a_continuous_range_is_refused(tmp_path):
 def test_a_file_that_is_not_there_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_sweep(tmp_path / "none.yaml")
+
+
+def test_a_trial_survives_the_file_that_keeps_it(tmp_path):
+    path = write(tmp_path, {"model.importance": {"values": [[0.5, 1.0], [1.0, 1.0]]}, "seed_everything": {"value": 3}})
+    for trial in read_sweep(path).trials():
+        for whole in (trial, replace(trial, run_dir=tmp_path / trial.id, config="seed_everything: 3\n")):
+            entry = json.loads(json.dumps(whole.as_json()))
+            assert Trial.from_json(entry) == whole
+            assert (entry["id"], entry["label"]) == (whole.id, whole.label)  # for those who read the file
+    assert trial.cell == (("model.importance", "[1.0, 1.0]"),)

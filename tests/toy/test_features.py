@@ -93,3 +93,25 @@ def test_a_probability_outside_its_range_or_number_is_refused(p):
 def test_other_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         data(**options)
+
+
+def test_attended_pairs_are_those_whose_key_carries_the_attended_feature():
+    data = ToyData(n_features=11, n_instances=3, batch_size=64, context_length=5, streams="separate", seed=[4, 5, 6])
+    pairs = torch.tensor([[0, 7], [2, 3]])
+    queries, keys = data.attended(pairs, 17)
+    assert queries.shape == keys.shape == (3, 17, 11)
+    carries = [(queries[..., i] > 0) & (keys[..., j] > 0) for i, j in pairs.tolist()]
+    # relative to the other keys, a feature that the key has is positive unless the others have more of it
+    attends = [(queries[..., i] > 0) for i, _ in pairs.tolist()]
+    assert torch.stack(attends).any(0).all()
+    assert torch.stack(carries).any(0).float().mean() > 0.8
+    assert torch.equal(queries, data.attended(pairs, 17)[0])
+    assert torch.equal(queries[:, :5], data.attended(pairs, 5)[0])
+
+
+def test_too_rare_pairs_and_a_single_key_are_input_errors():
+    rare = ToyData(n_features=11, batch_size=4, feature_probability=1e-4)
+    with pytest.raises(InputError, match="n_attended"):
+        rare.attended(torch.tensor([[0, 1]]), 50)
+    with pytest.raises(InputError, match="context_length"):
+        ToyData(context_length=1).attended(torch.tensor([[0, 1]]), 1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, train
+from helpers.training import SMALL, train
 
 from svf_lightning.errors import InputError
 from svf_lightning.toy import ToyAttentionModel, ToyData

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from helpers.training import train
 
-from svf_lightning.callbacks import Capture, FeatureOrthogonality, HeadSharing, SVDAlignment, TrajectoryWriter
 from svf_lightning.errors import InputError
 from svf_lightning.toy import ToyAttentionModel
-from svf_lightning.trajectory import open_trajectory
 
 SIZES = {"n_features": 11, "d_model": 7, "d_head": 4, "n_instances": 2, "init_feature_norm": 1.0}
 
@@ -90,33 +88,6 @@ def test_heads_that_add_up_are_one_head_with_all_their_rows():
 
 
 @pytest.mark.parametrize(
-    ("options", "dims"),
-    [
-        ({}, ("instance",)),
-        ({"n_heads": 3}, ("instance", "head")),
-        ({"rope": True, "context_length": 5}, ("instance", "offset")),
-        ({"n_heads": 3, "rope": True, "context_length": 5}, ("instance", "head", "offset")),
-    ],
-)
-def test_every_variant_is_captured_with_its_own_dimensions(tmp_path, options, dims):
-    callbacks = [Capture(chunk=4), SVDAlignment(), FeatureOrthogonality(), HeadSharing(), TrajectoryWriter()]
-    model = train(tmp_path, steps=6, model={**SIZES, **options}, callbacks=callbacks)
-    dataset = open_trajectory(tmp_path)
-    assert dataset["alignment/matched"].dims == ("step", *dims)
-    assert dataset["U"].dims == ("step", *dims, "d_model", "rank")
-    assert dataset["W"].dims == ("step", "instance", "d_model", "feature")
-    assert dataset["orthogonality/interference"].dims == ("step", "instance")
-    assert dataset["loss/total"].dims == ("step", "instance")
-    probe = model.probe()
-    U = probe.heads.svd().U.detach()
-    W = model.W.detach().reshape(2, *(1,) * (len(dims) - 1), 7, 11)
-    expected = torch.nn.functional.normalize(W, dim=-2).mT @ U
-    np.testing.assert_allclose(dataset["cosine_left"].isel(step=-1), expected.abs(), atol=2e-6)
-    one = dataset["cosine_left"].isel(step=-1, instance=1).values
-    np.testing.assert_allclose(one, expected.abs()[1], atol=2e-6)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"freeze": "everything"}, "freeze"),
@@ -132,3 +103,9 @@ def test_every_variant_is_captured_with_its_own_dimensions(tmp_path, options, di
 def test_settings_that_make_no_sense_are_input_errors(options, message):
     with pytest.raises(InputError, match=message):
         ToyAttentionModel(**{**SIZES, **options})
+
+
+@pytest.mark.parametrize("options", [{"rope": True, "d_model": 8}, {"template": "zero"}])
+def test_attended_pairs_need_a_head_without_rotary_positions(options):
+    with pytest.raises(InputError, match="n_attended"):
+        ToyAttentionModel(n_attended=4, **options)

@@ -67,7 +67,7 @@ def test_features_from_a_file_are_taken_as_they_are(tmp_path, suffix, per_instan
         np.save(path, W.numpy())
     else:
         save_file({"decoder": W}, path)
-    model = ToyAttentionModel(12, 6, n_instances=2, init_features=str(path), init_feature_norm=0.01)
+    model = ToyAttentionModel(n_features=12, d_model=6, n_instances=2, init_features=str(path), init_feature_norm=0.01)
     assert torch.equal(model.W.detach(), W.expand(2, -1, -1))
 
 
@@ -122,8 +122,10 @@ def test_the_singular_vectors_of_the_aligned_head_are_the_features():
 def test_a_head_from_a_file_is_taken_as_it_is(tmp_path):
     head = {name: torch.randn(3, 6) for name in ("W_Q", "W_K")}
     save_file(head, tmp_path / "head.safetensors")
-    model = ToyAttentionModel(12, 6, d_head=3, n_instances=2, init_head=str(tmp_path / "head.safetensors"))
+    model = ToyAttentionModel(
+        n_features=12, d_model=6, d_head=3, n_instances=2, init_head=str(tmp_path / "head.safetensors")
+    )
     assert torch.equal(model.W_Q.detach(), head["W_Q"].expand(2, -1, -1))
     assert torch.equal(model.W_K.detach(), head["W_K"].expand(2, -1, -1))
     with pytest.raises(InputError, match="W_Q"):
-        ToyAttentionModel(12, 6, d_head=4, init_head=str(tmp_path / "head.safetensors"))
+        ToyAttentionModel(n_features=12, d_model=6, d_head=4, init_head=str(tmp_path / "head.safetensors"))

@@ -1,22 +1,25 @@
 """Pages of real runs, opened in a real browser."""
 
+import base64
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
+from helpers.browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
 
 from svf_lightning import cli
+from svf_lightning.commands.report import report
 from svf_lightning.errors import InputError
-from svf_lightning.report.command import report
-from svf_lightning.report.dynamics import dynamics
-from svf_lightning.report.explorer import frames
-from svf_lightning.report.run_page import figures_of, write_run_page
+from svf_lightning.figures import FIGURES, draw_all
+from svf_lightning.pages.explorer import frames
+from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
 
 EVIL = "<script>document.title='broken'</script>"
+LEFT = "left singular vectors (|cosine|)"
+training = FIGURES["training"]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,12 @@ def test_a_browser_draws_every_figure_without_an_error(page, dark, width):
 
 @needs_browser
 def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
-    shown = "JSON.stringify(document.getElementById('explorer-left').data[0].z)"
+    left = [cell["title"] for cell in frames(open_trajectory(run_dir))["cells"]].index(LEFT)
+    shown = f"JSON.stringify(document.getElementById('explorer-{left}').data[0].z)"
     move = (
         "{s} = document.getElementById('explorer-step'); {s}.value = {at}; {s}.dispatchEvent(new Event('input')); {z}"
     )
-    pick = (
-        "p = document.getElementById('explorer-instance'); p.value = 1; p.dispatchEvent(new Event('change')); " + shown
-    )
+    pick = "p = document.getElementById('explorer-place'); p.value = 1; p.dispatchEvent(new Event('change')); " + shown
     values, errors = in_browser(
         page,
         shown,
@@ -87,8 +89,8 @@ def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
 @needs_browser
 def test_the_axis_of_steps_is_logarithmic_or_linear_at_the_push_of_a_button(page):
     look = "JSON.stringify([document.getElementById('figure-0').layout.xaxis.type, [...document.querySelectorAll("
-    look += "'button[data-figure]')].map((button) => button.getAttribute('aria-pressed'))])"
-    push = "document.querySelectorAll('button[data-figure]')[{}].click()"
+    look += "'button[data-figure=figure-0]')].map((button) => button.getAttribute('aria-pressed'))])"
+    push = "document.querySelectorAll('button[data-figure=figure-0]')[{}].click()"
     values, errors = in_browser(page, look, push.format(1), look, push.format(0), look)
     assert errors == []
     first, _, second, _, third = values
@@ -118,8 +120,7 @@ def test_the_slider_follows_the_keyboard_and_says_where_it_stands(page):
 
 @needs_browser
 def test_pointing_at_a_cell_tells_its_value_and_at_a_step_those_of_all_panels(page, run_dir):
-    entries = list(figures_of(open_trajectory(run_dir), replay=False))
-    figure = f"figure-{1 + entries.index('fig_2a')}"  # after the dynamics
+    figure = f"figure-{list(draw_all(open_trajectory(run_dir))).index('fig_2a') - 1}"  # "further" comes last
     values, errors = in_browser(
         page,
         f"Plotly.Fx.hover('{figure}', {{xval: 2, yval: 0}}, ['xy']); "
@@ -132,7 +133,7 @@ def test_pointing_at_a_cell_tells_its_value_and_at_a_step_those_of_all_panels(pa
     assert (
         values[0].replace("\u200b", "") == f"feature 0, u3|cosine| {cosine:.3f}"
     )  # plotly puts marks about a subscript
-    lines = [trace for trace in dynamics(open_trajectory(run_dir)).data if trace.hoverinfo != "skip"]
+    lines = [trace for trace in training(open_trajectory(run_dir)).data if trace.hoverinfo != "skip"]
     at, *told = values[1]
     assert len(told) == len(lines) > 6
     assert all(f"step {at}: " in text for text in told)
@@ -159,24 +160,24 @@ def test_large_models_have_fewer_frames_and_always_the_first_and_the_last(run_di
     dataset = open_trajectory(run_dir)
     many = frames(dataset)
     per_frame = 2 * 20 * 10 + 20 * 20 + 2 * 20
-    monkeypatch.setattr("svf_lightning.report.explorer.MAX_BYTES", 7 * per_frame)
+    monkeypatch.setattr("svf_lightning.pages.explorer.MAX_BYTES", 7 * per_frame)
     few = frames(dataset)
     assert len(many["steps"]) > 30
     assert 2 <= len(few["steps"]) <= 7 + 2
     assert (few["steps"][0], few["steps"][-1]) == (0, 60)
-    assert (len(few["instances"]), few["n_instances"]) == (1, 3)
-    assert {step for step, _ in few["instances"][0]["moments"]} <= set(few["steps"])
+    assert (len(few["places"]), few["n_places"]) == (1, 3)
+    assert {step for step, _ in few["places"][0]["moments"]} <= set(few["steps"])
 
 
 def test_the_plane_shows_the_attended_pair_at_its_lengths_and_angle(run_dir):
-    import base64
-
     dataset = open_trajectory(run_dir)
-    found = frames(dataset)
-    assert found["pair"] == (0, 1)
-    assert (found["steps"][0], found["steps"][-1]) == (0, 60)
-    F, N = len(found["steps"]), dataset.sizes["feature"]
-    points = np.frombuffer(base64.b64decode(found["instances"][2]["plane"]), np.int8).reshape(F, 2, N).astype(float)
+    data = frames(dataset)
+    assert data["pair"] == (0, 1)
+    assert (data["steps"][0], data["steps"][-1]) == (0, 60)
+    F, N = len(data["steps"]), dataset.sizes["feature"]
+    (plane,) = (i for i, cell in enumerate(data["cells"]) if cell["kind"] == "plane")
+    numbers = base64.b64decode(data["places"][2]["cells"][plane]["values"])
+    points = np.frombuffer(numbers, np.int8).reshape(F, 2, N).astype(float)
     W = dataset["W"].isel(step=-1, instance=2).values
     x, y = points[-1, :, 0], points[-1, :, 1]
     cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
@@ -187,9 +188,9 @@ def test_the_plane_shows_the_attended_pair_at_its_lengths_and_angle(run_dir):
     )
 
 
-def test_dynamics_show_the_mean_and_every_instance_on_one_axis(run_dir):
+def test_curves_over_training_show_the_mean_and_every_instance_on_one_axis(run_dir):
     dataset = open_trajectory(run_dir)
-    figure = dynamics(dataset)
+    figure = training(dataset)
     thick = next(trace for trace in figure.data if trace.name == "alignment of singular vectors")
     np.testing.assert_allclose(thick.y, dataset["alignment/matched"].values.mean(1), rtol=1e-5)
     assert {trace.xaxis for trace in figure.data} == {None}  # one x axis for all panels
@@ -197,20 +198,21 @@ def test_dynamics_show_the_mean_and_every_instance_on_one_axis(run_dir):
     assert np.isnan(np.array(thin[0].y, dtype=float)).sum() == 3  # a gap after each instance
 
 
-def test_dynamics_mark_when_the_median_instance_has_changed(run_dir):
+def test_curves_over_training_mark_when_the_median_instance_has_changed(run_dir):
     dataset = open_trajectory(run_dir)
-    figure = dynamics(dataset)
+    figure = training(dataset)
     moments = json.loads((run_dir / "summary.json").read_text())["metrics"]
-    expected = [float(np.median(moments[f"dynamics/{name}"]["per_instance"])) for name in ("t_align", "t_ortho")]
-    assert [shape.x0 for shape in figure.layout.shapes] == expected
-    assert f"alignment {expected[0]:,.0f}, orthogonality {expected[1]:,.0f}" in figure.layout.title.subtitle.text
+    expected = {name: float(np.median(moments[f"dynamics/t_{name}"]["per_instance"])) for name in ("align", "ortho")}
+    assert [shape.x0 for shape in figure.layout.shapes] == sorted(expected.values())
+    for name, step in expected.items():
+        assert f"t<sub>{name}</sub> {step:,.0f}" in figure.layout.title.subtitle.text
 
 
 def test_the_page_of_a_killed_run_says_so(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "killed")
     (tmp_path / "killed" / "summary.json").unlink()
-    page, code = report(str(tmp_path / "killed"), out=str(tmp_path / "page.html"))
-    assert (page, code) == (tmp_path / "page.html", 0)
+    page = report(str(tmp_path / "killed"), out=str(tmp_path / "page.html"))
+    assert page == tmp_path / "page.html"
     assert "has not ended, or was killed: 60 is the last step" in page.read_text()
 
 

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
-from replays import STEPS, replay
+from helpers.browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
+from helpers.replays import STEPS, replay
 
 from svf_lightning.callbacks import AttentionOverWords, CausalAblation
+from svf_lightning.pages.run import write_run_page
+from svf_lightning.pages.words import word_frames
 from svf_lightning.replay import FolderCheckpoints
-from svf_lightning.report.run_page import write_run_page
-from svf_lightning.report.words import word_frames
 from svf_lightning.trajectory import open_trajectory
 
 EVIL = "<script>document.title='broken'</script>"
@@ -45,7 +45,8 @@ def page(run_dir):
 @needs_browser
 @pytest.mark.parametrize(("width", "dark"), LOOKS)
 def test_a_browser_draws_every_figure_without_an_error(page, width, dark):
-    assert assert_every_figure_is_drawn(page, width=width, dark=dark) == 7  # Figs. 7a, 7b, 8, 9, map, causal, words
+    # over training, Figs. 7a, 7b, 8, 9, map, causal, words, and what no other figure shows
+    assert assert_every_figure_is_drawn(page, width=width, dark=dark) == 9
 
 
 def test_the_page_says_what_each_figure_shows_and_which_of_the_paper_it_mirrors(page):
@@ -125,7 +126,7 @@ def test_where_checkpoints_are_too_many_for_a_page_the_first_and_the_last_stay(r
     rows = open_trajectory(run_dir)
     assert [c["name"] for c in word_frames(rows)["checkpoints"]] == [f"step {step}" for step in STEPS]
     size = 2 * 6 * 3 * (int(rows["query_position"].max()) + 1) * 7
-    monkeypatch.setattr("svf_lightning.report.words.MAX_BYTES", 2 * size)
+    monkeypatch.setattr("svf_lightning.pages.words.MAX_BYTES", 2 * size)
     assert [c["name"] for c in word_frames(rows)["checkpoints"]] == ["step 0", "step 8"]
     assert word_frames(rows.drop_vars("words/top")) is None
 

@@ -4,18 +4,19 @@ import sys
 
 import pytest
 import yaml
-from replays import replay
+from helpers.replays import replay
 
 from svf_lightning import cli
 from svf_lightning.__main__ import main
 from svf_lightning.arguments import dotted
 from svf_lightning.callbacks import AttentionOverWords, CausalAblation
+from svf_lightning.commands.workspace import FINAL, SETTINGS, TABLES, build, media_keys, panels_by_section
+from svf_lightning.figures import FIGURES
+from svf_lightning.registry import known
 from svf_lightning.replay import FolderCheckpoints
-from svf_lightning.report.figures import ALL_FIGURES
 from svf_lightning.rows import Rows
 from svf_lightning.trajectory import open_trajectory
-from svf_lightning.wandb_media import media
-from svf_lightning.workspace import FINAL, MEDIA, SECTIONS, SETTINGS, TABLES, build
+from svf_lightning.wandb_media import run_media
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +31,25 @@ def logged(tmp_path_factory, suite):
     )  # fmt: skip
     ablation = CausalAblation(n_removed=4)
     replay(FolderCheckpoints(str(suite)), real, callbacks=(ablation, AttentionOverWords()), n_prompts=7)
-    found = {}
-    for name, run_dir in (("toy", toy), ("replay", real)):
-        ((_, metrics),) = Rows.read(open_trajectory(run_dir).isel(step=[-1])).to_log(every=1, last=-1)
-        found[name] = {*metrics, *media(run_dir)[0]}
-    return found
+    names = {}
+    for kind, run_dir in (("toy", toy), ("replay", real)):
+        trajectory = open_trajectory(run_dir)
+        ((_, metrics),) = Rows.read(trajectory.isel(step=[-1]), known(trajectory)).to_log(every=1, last=-1)
+        names[kind] = {*metrics, *run_media(run_dir)[0]}
+    return names
 
 
 @pytest.mark.parametrize("kind", ["toy", "replay"])
 def test_every_metric_and_figure_of_the_view_is_logged(logged, kind):
-    for title, panels in SECTIONS.items():
-        if (kind == "toy") == ("toy" in title):
+    for title, panels in panels_by_section().items():
+        if (kind == "toy") == ("Toy" in title):
             assert {metric for panel in panels for metric in panel.metrics} <= logged[kind], title
-    for title, keys in MEDIA.items():
-        if kind in title:  # Fig. 2b is of several pairs, Fig. 4 of runs with the theory
+    for title, keys in media_keys().items():
+        if kind in title:
+            assert keys
+            # Fig. 2b is of several pairs, Fig. 4 of runs with the theory
             assert set(keys) - {"figures/fig_2b", "figures/fig_4"} <= logged[kind]
-            assert {key.removeprefix("figures/") for key in keys} <= {"dynamics", *ALL_FIGURES}
+            assert {key.removeprefix("figures/") for key in keys} <= FIGURES.keys()
     assert set(TABLES) - {"tables/claims"} <= logged["toy"] | logged["replay"]
 
 
@@ -61,12 +65,13 @@ def test_a_run_logs_at_most_about_a_hundred_names(logged, kind):
 
 def test_the_view_has_a_panel_for_each_of_them_and_says_where_to_look():
     model = build("our project", "us", "first look")._to_model().model_dump_json(by_alias=True)
-    for panels in SECTIONS.values():
+    assert sum(len(panels) for panels in panels_by_section().values()) >= 8
+    for panels in panels_by_section().values():
         for panel in panels:
             assert panel.title in model
             assert all(f'"{metric}"' in model for metric in panel.metrics)
-    assert "Look at *Alignment* first" in model
-    assert all(key in model for keys in MEDIA.values() for key in keys)
+    assert "Look at *Alignment and orthogonality* first" in model
+    assert all(key in model for keys in media_keys().values() for key in keys)
 
 
 def test_the_command_saves_the_view_and_prints_its_address(monkeypatch, capsys):

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
+from helpers.browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
 
-from svf_lightning.sweep.command import sweep
+from svf_lightning.commands.sweep import sweep
 
 NAME = "<script>document.title='broken'<"
 OPTIMIZERS = ["adam", "<b>sgd</b>"]  # there is no such optimizer

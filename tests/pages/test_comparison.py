@@ -4,12 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from browser import assert_every_figure_is_drawn, in_browser, needs_browser
+from helpers.browser import assert_every_figure_is_drawn, in_browser, needs_browser
 
 from svf_lightning import cli
+from svf_lightning.commands.report import report
 from svf_lightning.errors import InputError
-from svf_lightning.report.command import report_command
-from svf_lightning.report.comparison import over_steps, write_comparison
+from svf_lightning.figures.comparison import compared_quantities, over_steps
+from svf_lightning.pages.comparison import write_comparison
 from svf_lightning.trajectory import open_trajectory
 
 
@@ -37,14 +38,17 @@ def test_lines_are_the_means_of_each_run_on_one_axis(runs):
 
 def test_a_metric_that_only_one_run_has_is_left_out(runs):
     datasets = {run.name: open_trajectory(run) for run in runs}
+    assert "alignment/matched" in compared_quantities(datasets)
     datasets["one"] = datasets["one"].drop_vars("alignment/matched")
-    assert over_steps(datasets, "alignment/matched") is None
+    assert "alignment/matched" not in compared_quantities(datasets)
+    with pytest.raises(InputError, match="fewer than two of the runs hold 'alignment/matched'"):
+        over_steps(datasets, "alignment/matched")
 
 
 def test_the_page_shows_claims_of_all_runs_and_the_settings_that_differ(runs, tmp_path):
-    page, code = report_command([*map(str, runs), "--out", str(tmp_path / "page.html")])
+    page = report(*map(str, runs), out=str(tmp_path / "page.html"))
     text = page.read_text()
-    assert (page, code) == (tmp_path / "page.html", 0)
+    assert page == tmp_path / "page.html"
     body = text[text.index("<body>") :]
     assert "trainer.max_steps" in body
     assert "model.n_features" not in body

@@ -4,10 +4,10 @@ import re
 
 import plotly.graph_objects as go
 import pytest
-from browser import in_browser, needs_browser
+from helpers.browser import in_browser, needs_browser
 
-from svf_lightning.report.drawing import finish
-from svf_lightning.report.page import Section, Table, write_page
+from svf_lightning.figures.look import finish
+from svf_lightning.pages.page import Section, Table, write_page
 
 EVIL = "<script>document.title='broken'</script>&\"'"
 

@@ -3,103 +3,29 @@
 import hashlib
 import json
 import shutil
-import struct
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
+from helpers.wandb_runs import Logged, live_run, offline_runs, published, table_of
 
 from svf_lightning import cli
 from svf_lightning.__main__ import main
-from svf_lightning.publish import publish
-from svf_lightning.report.run_page import figures_of
-from svf_lightning.sweep.cohort import Member, train
+from svf_lightning.commands.publish import publish
+from svf_lightning.figures import draw_all
+from svf_lightning.rows import Rows
+from svf_lightning.sweep.cohort import train
 from svf_lightning.sweep.results import INDEX
+from svf_lightning.sweep.trial import Trial
 from svf_lightning.trajectory import TrajectoryStore, open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger
 
 STEPS = 23
 QUICK = [f"--trainer.max_steps={STEPS}", "--data.batch_size=16", "--model.n_instances=9", "--capture.chunk=7"]
-
-
-class Logged:
-    """An offline run, read from W&B's file: LevelDB's log format after a header of 7 bytes."""
-
-    def __init__(self, folder):
-        from wandb.proto.wandb_internal_pb2 import Record
-
-        self.config, self.history, self.summary, self.artifacts, self.exit_code = {}, [], {}, [], None
-        for payload in _payloads(next(folder.glob("*.wandb")).read_bytes()):
-            record = Record()
-            record.ParseFromString(payload)
-            if record.HasField("run"):
-                self.run = record.run
-            for item in record.config.update:
-                self.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-            for item in record.summary.update:
-                self.summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-            if record.HasField("history"):
-                self.history.append(_row(record.history.item))
-            if record.HasField("request") and record.request.HasField("log_artifact"):
-                self.artifacts.append(record.request.log_artifact.artifact)
-            if record.HasField("artifact"):
-                self.artifacts.append(record.artifact)
-            if record.HasField("exit"):
-                self.exit_code = record.exit.exit_code
-        self.config.pop("_wandb", None)
-
-    @property
-    def about(self):
-        run = self.run
-        return run.run_id, run.project, run.entity, run.display_name, run.run_group, run.job_type, list(run.tags)
-
-    @property
-    def steps(self):
-        return [int(row[STEP_METRIC]) for row in self.history]
-
-
-def _row(items):
-    """Numbers as texts, so that NaN equals NaN; media by what is in their files, as they lie where W&B likes."""
-    row = {}
-    for item in items:
-        name, *inner = item.nested_key or [item.key]
-        if not name.startswith("_") and inner in ([], ["sha256"]):  # W&B's own clock and counter aside
-            row[name] = item.value_json
-    return row
-
-
-def _payloads(data, block=32768):
-    at, part = 7, b""
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        part += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield part
-            part = b""
-
-
-def offline_runs(run_dir):
-    return sorted((run_dir / "wandb").glob("offline-run-*"))
-
-
-def published(run_dir):
-    (folder,) = offline_runs(run_dir)
-    return Logged(folder)
-
-
-def live_run(run_dir):
-    """That of `fit` itself; W&B's process writes on for a moment after the run has finished."""
-    deadline = time.monotonic() + 30
-    while (found := published(run_dir)).exit_code is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -150,20 +76,13 @@ def test_the_published_run_is_the_live_run_and_has_the_claims(finished, run_dir,
             assert found.summary[name] == value
 
 
-def table_of(run_dir, name):
-    (file,) = (offline_runs(run_dir)[0] / "files" / "media" / "table" / "tables").glob(f"{name}_*.json")
-    table = json.loads(file.read_text())
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-
-
 def test_figures_and_tables_of_the_last_step_are_in_the_run(finished):
     last = {name: json.loads(value) for name, value in live_run(finished).history[-1].items()}
     rows = open_trajectory(finished)
-    entries = figures_of(rows, replay=False)
-    assert {name for name in last if name.startswith("figures/")} == {
-        f"figures/{name}" for name in ["dynamics", *entries]
-    }
-    for name, (_, figure) in entries.items():
+    figures = draw_all(rows, among=lambda figure: figure.logged)
+    assert "training" in figures
+    assert {name for name in last if name.startswith("figures/")} == {f"figures/{name}" for name in figures}
+    for name, figure in figures.items():
         (file,) = (offline_runs(finished)[0] / "files" / "media" / "plotly" / "figures").glob(f"{name}_[0-9]*.json")
         assert hashlib.sha256(file.read_bytes()).hexdigest() == last[f"figures/{name}"]
         assert len(json.loads(file.read_text())["data"]) == len(figure.data)
@@ -215,7 +134,7 @@ def test_a_run_that_was_killed(finished, run_dir):
     assert found.history[:4] == live.history[:4]
     assert {"dynamics/t_align", "dynamics/t_ortho/max"} <= found.history[4].keys()
     assert "tables/claims" not in found.summary
-    assert {"tables/pairs", "figures/dynamics"} <= found.history[-1].keys()
+    assert {"tables/pairs", "figures/training"} <= found.history[-1].keys()
     assert found.exit_code == 1  # W&B shows it as failed
 
 
@@ -247,19 +166,20 @@ def test_settings_of_the_runs_logger_hold_and_options_come_before_them(run_dir):
 
 def test_a_trial_of_a_sweep_joins_its_sweep(tmp_path):
     config = cli.FitSettings().of(["--config=robust_seed", *QUICK])
-    member = Member("t1", tmp_path / "trials" / "t1", config, "seed=0", "some sweep")
-    train([member])
-    index = {"name": "some sweep", "metric": None, "trials": [{"id": "t1", "label": "seed=0", "varied": []}]}
+    trial = Trial({"seed_everything": 0}, ("seed_everything",), ("fit",), sweep="some sweep", config=config)
+    trial = replace(trial, run_dir=tmp_path / "trials" / trial.id)
+    train([trial])
+    index = {"name": "some sweep", "metric": None, "trials": [trial.as_json()]}
     (tmp_path / INDEX).write_text(json.dumps(index))
-    live = live_run(member.run_dir)
-    publish(str(member.run_dir))
-    found = published(member.run_dir)
+    live = live_run(trial.run_dir)
+    publish(str(trial.run_dir))
+    found = published(trial.run_dir)
     assert found.about == live.about
     assert found.about[3:6] == ("seed=0", "some sweep", "sweep")
     assert found.config == live.config
     assert found.history[:-3] == live.history[:-1]
     assert {**found.history[-3], **found.history[-2]} == live.history[-1]  # a trial logs both at once
-    assert {"figures/dynamics", "tables/claims"} <= found.history[-1].keys()  # and does not draw
+    assert {"figures/training", "tables/claims"} <= found.history[-1].keys()  # and does not draw
 
 
 def test_a_replay_of_several_devices(tmp_path):
@@ -270,16 +190,13 @@ def test_a_replay_of_several_devices(tmp_path):
     accuracy = np.linspace(0, 1, 5)
     for rank in range(2):
         rows = np.arange(rank, 5, 2)
-        TrajectoryStore(run_dir, rank=rank).append(
-            {
-                "step": ((), rows * 100),
-                "sad/sparseness": (("layer", "head"), values[rows]),
-                "sad/accuracy": ((), accuracy[rows]),
-                "prompt/logit": (("prompt",), generator.random((len(rows), 4))),
-                "revision": ((), np.array(["main"] * len(rows), dtype="<U64")),
-            },
-            batch_dims=("layer", "head"),
-        )
+        measured = {
+            "sad/sparseness": (("layer", "head"), values[rows]),
+            "sad/accuracy": ((), accuracy[rows]),
+            "prompt/logit": (("prompt",), generator.random((len(rows), 4))),
+            "revision": ((), np.array(["main"] * len(rows), dtype="<U64")),
+        }
+        TrajectoryStore(run_dir, rank=rank).append(Rows(rows * 100, measured, ("layer", "head")))
     (run_dir / "identity.json").write_text("{}")
     trainer = {"logger": None, "log_every_n_steps": None, "max_steps": -1}
     (run_dir / "config.yaml").write_text(
@@ -397,7 +314,7 @@ def test_a_failure_half_way_leaves_the_earlier_run(run_dir, monkeypatch, capsys)
 
 def test_a_run_that_is_being_logged_is_left_alone(run_dir, capsys):
     (earlier,) = offline_runs(run_dir)
-    with next(earlier.glob("*.wandb")).open("ab"):
+    with FileLock(run_dir / "wandb" / ".lock"):
         assert main(["publish", str(run_dir)]) == 2
     assert "a run that has ended" in capsys.readouterr().err
     assert offline_runs(run_dir) == [earlier]

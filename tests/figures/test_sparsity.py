@@ -6,78 +6,32 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import xarray as xr
-from conftest import train
+from figures.head_datasets import (
+    NAMES,
+    NO_SCORE,
+    OF_HEADS,
+    STEPS,
+    TASK,
+    H,
+    L,
+    P,
+    R,
+    named,
+    run_for,
+    synthetic,
+    toy,
+    values_in,
+    without,
+)  # fmt: skip
+from helpers.training import train
 
 from svf_lightning.callbacks import AttentionSparsity, Capture, SVDAlignment, TrajectoryWriter
 from svf_lightning.errors import InputError
-from svf_lightning.report import figures
-from svf_lightning.report.drawing import TEMPLATES, draw_band
-from svf_lightning.report.replay_figures import (
-    REPLAY_FIGURES,
-    causal,
-    fig_7a,
-    fig_7b,
-    fig_8,
-    fig_9,
-    heads_map,
-    sparsity_over_time,
-)
+from svf_lightning.figures import fig_7a, fig_7b, fig_8, fig_9, heads_map, sparsity_over_time
+from svf_lightning.figures.axes import draw_band
+from svf_lightning.figures.figure import FIGURES, columns_of, draw_all
+from svf_lightning.figures.look import TEMPLATES
 from svf_lightning.trajectory import open_trajectory
-
-STEPS = [0, 1, 3, 10, 40, 100, 700]
-T, L, H, R, P, N_DRAWS = 7, 5, 11, 17, 13, 19  # one size per axis
-N_REMOVED, N_PAIRS, N_I = 23, 31, 3
-TASK = [(4, 2), (0, 9)]  # of the last step; other heads before
-NO_SCORE = (3, 7)  # a head that sees one key only
-
-
-def synthetic():
-    """A replay with random numbers under the names of a run; every value differs from every other."""
-    rng = np.random.default_rng(0)
-    heads = ("step", "layer", "head")
-    scalars = {
-        f"sad/{name}": (heads, rng.uniform(0.05, 0.9, (T, L, H))) for name in ("attention", "sparseness", "score")
-    }
-    scalars["sad/n_recon"] = (heads, rng.integers(2, 2 * R, (T, L, H)) / 2)
-    per_prompt = {
-        f"prompt/{name}": ((*heads, "prompt"), rng.uniform(0.01, 0.99, (T, L, H, P)))
-        for name in ("attention", "sparseness")
-    }
-    counts = {"top_index": rng.integers(0, R, (T, L, H, P)), "n_recon": rng.integers(1, R + 1, (T, L, H, P))}
-    for values in per_prompt.values():
-        values[1][:, *NO_SCORE] = np.nan
-    for name, values in counts.items():
-        values[:, *NO_SCORE] = -1
-        per_prompt[f"prompt/{name}"] = ((*heads, "prompt"), values.astype(np.int16))
-    for name in ("attention", "sparseness", "n_recon"):
-        scalars[f"sad/{name}"][1][:, *NO_SCORE] = np.nan
-    task = rng.integers(0, L * H, (T, 2))
-    task[-1] = [layer * H + head for layer, head in TASK]
-    contribution = rng.normal(size=(T, L, H, R))
-    contribution[:, *NO_SCORE] = np.nan
-    arrays = {
-        "contribution/mean": ((*heads, "rank"), contribution),
-        "contribution/sd": ((*heads, "rank"), abs(contribution) + rng.uniform(size=(T, L, H, R))),
-        "singular_values": ((*heads, "rank"), np.sort(rng.uniform(0.1, 9, (T, L, H, R)))[..., ::-1]),
-        "draw/shared": ((*heads, "draw"), rng.uniform(0.3, 0.5, (T, L, H, N_DRAWS))),
-        "draw/independent": ((*heads, "draw"), rng.uniform(0.2, 0.4, (T, L, H, N_DRAWS))),
-        "task/layer_head": (("step", "task_head"), task.astype(np.int32)),
-        "sad/accuracy": ("step", rng.uniform(size=T)),
-        "causal/attention": (("step", "n_removed", "kind", "pair"), rng.normal(size=(T, N_REMOVED, 3, N_PAIRS))),
-        "causal/logit_difference": (("step", "n_removed", "kind", "pair"), rng.normal(size=(T, N_REMOVED, 3, N_PAIRS))),
-        "causal/layer_head": (("step", "causal_head"), task[:, :1].astype(np.int32)),
-    }
-    return xr.Dataset({**scalars, **per_prompt, **arrays}, coords={"step": STEPS})
-
-
-def toy():
-    """A run of the toy model."""
-    rng = np.random.default_rng(1)
-    names = ("sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation")
-    scalars = {f"sad/{name}": (("step", "instance"), rng.uniform(0.1, 0.6, (T, N_I))) for name in names}
-    scalars["alignment/matched"] = (("step", "instance"), rng.uniform(size=(T, N_I)))
-    sigma = (("step", "instance", "rank"), rng.uniform(size=(T, N_I, R)))
-    return xr.Dataset({**scalars, "singular_values": sigma}, coords={"step": STEPS})
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +39,28 @@ def run():
     return synthetic()
 
 
-def run_for(name):
-    return toy() if name == "sparsity_over_time" else synthetic()
+SPARSENESS_NAMES = ["sad/sparseness_shared_rotation", "sad/sparseness_independent_rotation", "sad/sparseness"]
 
 
-def named(figure, name, axis="x"):
-    (found,) = [t for t in figure.data if t.name == name and (t.xaxis or "x") == axis]
-    return found
+def of_instances(run):
+    """Quantities of the toy model [metric, step, instance]."""
+    return np.stack([run[name].values for name in (*SPARSENESS_NAMES, "alignment/matched")])
+
+
+def of_task(run, name):
+    """A quantity of the task's heads [step, head, ...]."""
+    return np.stack([run[name].values[:, layer, head] for layer, head in TASK], axis=1)
+
+
+def of_draws(run):
+    """S(v) in rotated bases, mean of the task's heads [rotation, step, draw]."""
+    return np.stack([of_task(run, name).mean(1) for name in ("draw/shared", "draw/independent")])
+
+
+def groups(run, name):
+    """Values of all scores, and of those of heads that attend to the key."""
+    values, weight = (run[f"prompt/{each}"].values[-1] for each in (name, "attention"))
+    return values[values >= 0], values[(values >= 0) & (weight >= 0.5)]
 
 
 def histogram(values, at):
@@ -111,25 +80,13 @@ def polygon(band):
     return np.array(band.y[:n]), np.array(band.y[n : 2 * n][::-1])
 
 
-def without(run, name, *place):
-    """The run with NaN (or -1, for counts) at a place of a quantity."""
-    values = run[name].values.copy()
-    values[place] = -1 if values.dtype.kind == "i" else np.nan
-    return run.assign({name: (run[name].dims, values)})
-
-
 # ------------------------------------------------------------------------------------------------- all figures
 
 
-def test_the_command_knows_these_figures_beside_those_of_the_toy_model():
-    assert not figures.FIGURES.keys() & REPLAY_FIGURES.keys()
-    assert {**figures.FIGURES, **REPLAY_FIGURES} == figures.ALL_FIGURES
-
-
-@pytest.mark.parametrize("name", REPLAY_FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_figure_names_its_axes_and_what_it_was_drawn_from(name):
-    entry = REPLAY_FIGURES[name]
-    figure = entry.draw(run_for(name))
+    entry = FIGURES[name]
+    figure = entry(run_for(name))
     assert isinstance(figure, go.Figure)
     assert entry.description
     assert entry.paper.startswith(("Fig.", "beyond the paper"))
@@ -148,9 +105,9 @@ def test_every_figure_names_its_axes_and_what_it_was_drawn_from(name):
         assert np.isfinite(values).any()
 
 
-@pytest.mark.parametrize("name", REPLAY_FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_figure_can_change_its_theme(name):
-    figure = REPLAY_FIGURES[name].draw(run_for(name))
+    figure = FIGURES[name](run_for(name))
     assert figure.layout.font.color is None
     assert all(a.font.color is None and a.bgcolor is None for a in figure.layout.annotations)
     figure.update_layout(template=TEMPLATES["dark"])
@@ -160,25 +117,29 @@ def test_every_figure_can_change_its_theme(name):
 @pytest.mark.parametrize(
     ("name", "lacking", "fix"),
     [
-        ("fig_7a", "contribution/mean", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_7a", "contribution/sd", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_7a", "task/layer_head", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_7b", "prompt/sparseness", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_7b", "draw/independent", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_8", "prompt/top_index", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_8", "prompt/attention", "replay.*AttentionSparsity.*keep_prompts"),
-        ("fig_9", "prompt/n_recon", "replay.*AttentionSparsity.*keep_prompts"),
-        ("heads_map", "sad/attention", "replay.*AttentionSparsity"),
-        ("heads_map", "sad/n_recon", "AttentionSparsity"),
-        ("causal", "causal/attention", "replay.*CausalAblation"),
-        ("causal", "causal/layer_head", "replay.*CausalAblation"),
-        ("sparsity_over_time", "sad/sparseness_shared_rotation", "train with a head.*n_attended=64.*AttentionSparsity"),
-        ("sparsity_over_time", "alignment/matched", "train with a head.*SVDAlignment"),
+        ("fig_7a", "contribution/mean", "the AttentionSparsity callback"),
+        ("fig_7a", "contribution/sd", "the AttentionSparsity callback"),
+        ("fig_7a", "task/layer_head", "the AttentionSparsity callback"),
+        ("fig_7b", "prompt/sparseness", "the AttentionSparsity callback"),
+        ("fig_7b", "draw/independent", "the AttentionSparsity callback"),
+        ("fig_8", "prompt/top_index", "the AttentionSparsity callback"),
+        ("fig_8", "prompt/attention", "the AttentionSparsity callback"),
+        ("fig_9", "prompt/n_recon", "the AttentionSparsity callback"),
+        ("heads_map", "sad/attention", "the AttentionSparsity callback"),
+        ("heads_map", "sad/n_recon", "the AttentionSparsity callback"),
+        ("causal", "causal/attention", "the CausalAblation callback.*a language model"),
+        ("causal", "causal/layer_head", "the CausalAblation callback.*a language model"),
+        (
+            "sparsity_over_time",
+            "sad/sparseness_shared_rotation",
+            "the AttentionSparsity callback.*with a head.*n_attended=64",
+        ),
+        ("sparsity_over_time", "alignment/matched", "the SVDAlignment callback.*with a head"),
     ],
 )
 def test_a_missing_quantity_is_named_with_what_to_do(name, lacking, fix):
     with pytest.raises(InputError, match=f"'{lacking}'.*Fix: .*{fix}"):
-        REPLAY_FIGURES[name].draw(run_for(name).drop_vars(lacking))
+        FIGURES[name](run_for(name).drop_vars(lacking))
 
 
 def test_what_happens_over_training_needs_two_checkpoints(run):
@@ -188,22 +149,22 @@ def test_what_happens_over_training_needs_two_checkpoints(run):
         sparsity_over_time(toy().isel(step=[-1]))
 
 
-@pytest.mark.parametrize("name", REPLAY_FIGURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_without_rows_is_refused(name):
     with pytest.raises(InputError, match="the run has 0"):
-        REPLAY_FIGURES[name].draw(run_for(name).isel(step=[]))
+        FIGURES[name](run_for(name).isel(step=[]))
 
 
-@pytest.mark.parametrize("name", sorted(REPLAY_FIGURES.keys() - {"sparsity_over_time"}))
+@pytest.mark.parametrize("name", OF_HEADS)
 def test_figures_of_heads_need_layers_and_heads_and_nothing_else(name, run):
     with pytest.raises(InputError, match=r"dimension 'layer' and 'head'.*Fix: .*`replay`"):
-        REPLAY_FIGURES[name].draw(run.isel(layer=0, head=0))
+        FIGURES[name](run.isel(layer=0, head=0))
     with pytest.raises(InputError, match=r"dimension 'layer'; .*Fix"):
-        REPLAY_FIGURES[name].draw(run.isel(layer=0))
+        FIGURES[name](run.isel(layer=0))
     further = run.expand_dims(offset=2)
     with pytest.raises(InputError, match=r"dimension offset, which.*Fix: select one: dataset\.isel\(offset=0\)"):
-        REPLAY_FIGURES[name].draw(further)
-    REPLAY_FIGURES[name].draw(further.isel(offset=1))
+        FIGURES[name](further)
+    FIGURES[name](further.isel(offset=1))
 
 
 def test_the_toy_figure_shows_instances_not_heads(run):
@@ -227,15 +188,102 @@ def test_the_toy_figure_shows_instances_not_heads(run):
 )
 def test_a_run_without_a_score_says_so_instead_of_an_empty_figure(name, quantity, run):
     with pytest.raises(InputError, match=f"{quantity}.*no score.*Fix: .*more keys"):
-        REPLAY_FIGURES[name].draw(without(run, quantity, ...))
+        FIGURES[name](without(run, quantity, ...))
 
 
 @pytest.mark.parametrize("name", ["fig_7a", "fig_8", "fig_9", "heads_map", "causal"])
 def test_the_only_checkpoint_is_told_by_its_name(name, run):
     one = run.isel(step=[-1]).assign(checkpoint=("step", ["gpt2-small"]))
-    subtitle = REPLAY_FIGURES[name].draw(one).layout.title.subtitle.text
+    subtitle = FIGURES[name](one).layout.title.subtitle.text
     assert "gpt2-small" in subtitle
     assert "step" not in subtitle
+
+
+# ------------------------------------------------------------------------------------------------- numbers and drawing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_every_figure_has_a_row_for_each_number(name):
+    entry, dataset = FIGURES[name], run_for(name)
+    table = entry.table(dataset)
+    assert table.columns[0] == "quantity"
+    assert table.columns[-1] == "value"
+    sizes = {}
+    for column in columns_of(entry.data(dataset)):
+        assert len(column.dims) == column.values.ndim
+        for dim, size in zip(column.dims, column.values.shape, strict=True):
+            assert sizes.setdefault(dim, size) == size  # one size for each name of a dimension
+        if column.dims != (column.name,):
+            assert sum(table["quantity"] == column.name) == column.values.size
+    assert set(table.columns[1:-1]) == sizes.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity", "dims", "expected"),
+    [
+        ("fig_7a", "mean", ["rank"], lambda run: run["contribution/mean"][-1, 4, 2]),
+        ("fig_7a", "sd", ["rank"], lambda run: run["contribution/sd"][-1, 4, 2]),
+        ("fig_7a", "sigma", ["rank"], lambda run: run["singular_values"][-1, 4, 2]),
+        ("fig_7b", "accuracy", ["step"], lambda run: run["sad/accuracy"]),
+        ("fig_7b", "sparseness_each", ["step", "head"], lambda run: of_task(run, "prompt/sparseness").mean(2)),
+        ("fig_7b", "attention_each", ["step", "head"], lambda run: of_task(run, "prompt/attention").mean(2)),
+        ("fig_7b", "sparseness", ["step"], lambda run: of_task(run, "prompt/sparseness").mean((1, 2))),
+        ("fig_7b", "rotated_highest", ["rotation", "step"], lambda run: of_draws(run).max(2)),
+        ("fig_8", "share", ["group", "rank"], lambda run: [histogram(n, range(R)) for n in groups(run, "top_index")]),
+        ("fig_8", "n_scores", ["group"], lambda run: [len(n) for n in groups(run, "top_index")]),
+        ("fig_8", "share_in_last_eighth", ["group"], lambda run: [np.mean(n >= R - 2) for n in groups(run, "top_index")]),
+        ("fig_9", "share", ["group", "n_recon"],
+         lambda run: [histogram(n, range(1, R + 1)) for n in groups(run, "n_recon")]),
+        ("fig_9", "median", ["group"], lambda run: [np.median(n) for n in groups(run, "n_recon")]),
+        ("fig_9", "share_at_most_4", ["group"], lambda run: [np.mean(n <= 4) for n in groups(run, "n_recon")]),
+        ("heads_map", "attention", ["layer", "head"], lambda run: run["sad/attention"][-1]),
+        ("heads_map", "sparseness", ["layer", "head"], lambda run: run["sad/sparseness"][-1]),
+        ("heads_map", "n_recon", ["layer", "head"], lambda run: run["sad/n_recon"][-1]),
+        ("sparsity_over_time", "mean", ["metric", "step"], lambda run: of_instances(run).mean(2)),
+        ("sparsity_over_time", "lowest", ["metric", "step"], lambda run: of_instances(run).min(2)),
+        ("sparsity_over_time", "highest", ["metric", "step"], lambda run: of_instances(run).max(2)),
+    ],
+)  # fmt: skip
+def test_the_table_holds_the_numbers_of_the_dataset(name, quantity, dims, expected):
+    dataset = run_for(name)
+    np.testing.assert_allclose(values_in(FIGURES[name].table(dataset), quantity, dims), np.ravel(expected(dataset)))
+
+
+def test_the_table_names_steps_heads_and_singular_indices_as_the_figure_does():
+    over_steps, of_one, of_toy = (
+        FIGURES[name].table(run_for(name)) for name in ("fig_7b", "fig_7a", "sparsity_over_time")
+    )
+    assert set(over_steps["step"].dropna()) == set(STEPS)
+    assert set(over_steps["head"].dropna()) == {"L4H2", "L0H9"}
+    assert set(over_steps["rotation"].dropna()) == {"shared rotation", "independent rotation"}
+    assert set(of_one["rank"]) == set(range(1, R + 1))
+    assert set(of_toy["metric"]) == {*SPARSENESS_NAMES, "alignment/matched"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_numbers_are_drawn_alike(name):
+    data = FIGURES[name].data(run_for(name))
+    first = FIGURES[name].draw(data).to_json()
+    assert FIGURES[name].draw(data).to_json() == first
+    assert FIGURES[name](run_for(name)).to_json() == first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_option_is_refused(name):
+    with pytest.raises(InputError, match=rf"option='colour'.*an option of {name}"):
+        FIGURES[name](run_for(name), colour="red")
+
+
+def test_all_figures_of_a_replay_are_drawn_with_steps_on_a_logarithmic_axis(run):
+    drawn = draw_all(run, among=lambda figure: figure.name in NAMES)
+    assert drawn.keys() == set(OF_HEADS)
+    assert drawn["fig_7b"].layout.xaxis.type == "log"
+    assert list(draw_all(toy(), among=lambda figure: figure.name in NAMES)) == ["sparsity_over_time"]
+
+
+def test_replays_are_compared_by_one_head_and_by_the_map_of_all():
+    assert {name for name in NAMES if FIGURES[name].compared} == {"fig_7a", "heads_map"}
+    assert {name for name in NAMES if FIGURES[name].view} == {"fig_7a", "fig_7b", "fig_8", "fig_9", "heads_map"}
 
 
 # ------------------------------------------------------------------------------------------------- each figure
@@ -405,7 +453,7 @@ def test_fig_9_shows_a_score_of_zero_and_ends_at_the_largest(run):
 @pytest.mark.parametrize("name", ["fig_8", "fig_9"])
 def test_that_no_head_attends_is_said_beside_what_all_heads_do(name, run):
     quiet = run.assign({"prompt/attention": run["prompt/attention"] * 0.5})
-    figure = REPLAY_FIGURES[name].draw(quiet)
+    figure = FIGURES[name](quiet)
     assert headings(figure)[1] == ["attention on the key at least 0.5: 0 (prompt, head) pairs", "none"]
     assert sum(figure.data[0].y) == pytest.approx(1)
     assert not any(figure.data[1].y)
@@ -416,7 +464,7 @@ def test_that_no_head_attends_is_said_beside_what_all_heads_do(name, run):
 @pytest.mark.parametrize("attending", [0, 1, 1.5])
 def test_an_attention_weight_out_of_range_is_refused(name, attending, run):
     with pytest.raises(InputError, match=rf"attending={attending}.*\(0, 1\)"):
-        REPLAY_FIGURES[name].draw(run, attending=attending)
+        FIGURES[name](run, attending=attending)
 
 
 def test_heads_map_has_three_numbers_of_every_head_and_marks_those_of_the_task(run):
@@ -456,28 +504,6 @@ def test_heads_maps_of_any_size_do_not_overlap(layers, heads):
     assert width * layers <= pixels[1] + 1  # a square cell has the room that it needs
     assert figure.layout.height <= 800
     assert not [t for t in figure.data if t.type == "scatter"]
-
-
-def test_causal_has_the_mean_change_and_its_confidence_interval_for_every_choice(run):
-    figure = causal(run)
-    for axis, name in (("x", "causal/attention"), ("x2", "causal/logit_difference")):
-        for i, kind in enumerate(("largest contributions", "random others", "largest singular values")):
-            values = run[name].values[-1, :, i]
-            line = named(figure, kind, axis)
-            np.testing.assert_allclose(line.y, values.mean(-1))
-            np.testing.assert_allclose(line.error_y.array, 1.96 * values.std(-1, ddof=1) / np.sqrt(N_PAIRS))
-            np.testing.assert_array_equal(line.customdata, np.arange(1, N_REMOVED + 1))
-            np.testing.assert_allclose(line.x, line.customdata, atol=0.2)
-    assert "the 1 head of" in figure.layout.title.text
-    assert "31 prompts · L4H2 at once" in figure.layout.title.subtitle.text
-    assert "13 prompts" not in figure.layout.title.subtitle.text
-
-
-def test_causal_leaves_out_pairs_without_a_number(run):
-    line = named(causal(without(run, "causal/attention", -1, 4, 0, 3)), "largest contributions")
-    values = np.delete(run["causal/attention"].values[-1, 4, 0], 3)
-    assert line.y[4] == pytest.approx(values.mean())
-    assert line.error_y.array[4] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(N_PAIRS - 1))
 
 
 def test_sparsity_over_time_has_the_mean_and_the_range_of_the_instances():
@@ -527,18 +553,6 @@ def test_a_real_run_of_the_toy_model_shows_its_sparsity_over_time(tmp_path):
     run = open_trajectory(tmp_path)
     figure = sparsity_over_time(run)
     np.testing.assert_allclose(named(figure, "singular basis").y, run["sad/sparseness"].values.mean(1), rtol=1e-6)
-    for name in sorted(REPLAY_FIGURES.keys() - {"sparsity_over_time"}):
-        with pytest.raises(InputError, match=r"Fix: .*replay"):
-            REPLAY_FIGURES[name].draw(run)
-
-
-def test_the_command_draws_each_figure_with_the_step_axis_it_likes_best(tmp_path, monkeypatch, capsys):
-    drawn = {}
-    monkeypatch.setattr(figures, "open_trajectory", lambda _: synthetic())
-    monkeypatch.setattr(figures, "save_png", lambda figure, path, scale: drawn.update({path.stem: figure}))
-    assert figures.main([str(tmp_path), str(tmp_path)]) == 0
-    assert drawn.keys() == REPLAY_FIGURES.keys() - {"sparsity_over_time"}
-    assert drawn["fig_7b"].layout.xaxis.type == "log"
-    assert "fig_3 is left out" in capsys.readouterr().err
-    assert figures.main([str(tmp_path), str(tmp_path), "fig_7b", "--x-axis", "linear"]) == 0
-    assert drawn["fig_7b"].layout.xaxis.type is None
+    for name in OF_HEADS:
+        with pytest.raises(InputError, match=r"Fix: .*(replay|AttentionSparsity|CausalAblation)"):
+            FIGURES[name](run)

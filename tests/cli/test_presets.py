@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from conftest import run_dir_of
+from helpers.command_line import run_dir_of
 
 from svf_lightning.cli import presets
+from svf_lightning.registry import known
 from svf_lightning.rows import Rows
 from svf_lightning.trajectory import open_trajectory
 
@@ -26,7 +27,8 @@ def test_every_preset_runs_and_computes_its_claims(command, preset):
     assert all(claim["measured"] is not None for claim in summary["claims"] if "dynamics" not in claim["rule"])
     assert (run_dir / "report.html").stat().st_size < 8e6
     assert "not available" not in result.stderr  # W&B, for whatever reason
-    ((_, logged),) = Rows.read(open_trajectory(run_dir).isel(step=[-1])).to_log(every=1, last=-1)
+    trajectory = open_trajectory(run_dir)
+    ((_, logged),) = Rows.read(trajectory.isel(step=[-1]), known(trajectory)).to_log(every=1, last=-1)
     media = list((run_dir / "wandb" / "latest-run" / "files" / "media").rglob("*.json"))
     assert len(media) >= 4
     assert len(logged) + 2 * 3 + len(media) <= 100  # with mean, min and max of t_align and t_ortho
@@ -37,6 +39,16 @@ def test_every_preset_runs_and_computes_its_claims(command, preset):
 def test_every_claim_of_every_preset_holds(command, preset):
     claims = claims_of(command("fit", "--config", preset, *PLAIN), command)
     assert [claim["claim"] for claim in claims if claim["holds"] is False] == []
+
+
+@pytest.mark.slow
+def test_replay_without_options_trains_a_suite_and_every_claim_of_its_preset_holds(command):
+    result = command("replay", timeout=1800)
+    assert (command.folder / "runs" / "suites" / "tiny").is_dir()
+    summary = json.loads((run_dir_of(result, command) / "summary.json").read_text())
+    assert summary["experiment"] == "tiny_suite"
+    assert all(claim["measured"] is not None for claim in summary["claims"])
+    assert [claim["claim"] for claim in summary["claims"] if claim["holds"] is False] == []
 
 
 REDUCED = {

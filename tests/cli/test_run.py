@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Command, run_dir_of
+from helpers.command_line import Command, run_dir_of
 
-from svf_lightning.report.run_page import write_run_page
+from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
 
 QUICK = ("--trainer.max_steps=40", "--data.batch_size=16", "--model.n_instances=2")
@@ -217,7 +217,9 @@ def test_no_command_and_an_unknown_one_say_which_there_are(typed):
     for arguments in ((), ("fat",)):
         result = typed(*arguments)
         assert result.returncode == 2
-        assert re.search(r"fit, validate, test, replay, sweep, report, publish, workspace", result.stderr)
+        assert re.search(
+            r"fit, validate, test, replay, presets, sweep, report, figures, publish, workspace", result.stderr
+        )
 
 
 def test_help_names_every_option_with_unit_and_default(typed):
@@ -259,7 +261,7 @@ def test_wandb_that_cannot_start_does_not_stop_the_training(command):
 
 def test_the_installed_wheel_brings_callbacks_and_presets(tmp_path):
     """Built from the source tree, unpacked, and run from another folder with nothing of the source on the path."""
-    source = Path(__file__).parents[1]
+    source = Path(__file__).parents[2]
     build = [
         sys.executable,
         "-m",

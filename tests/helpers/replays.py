@@ -2,11 +2,12 @@
 
 from svf_lightning.callbacks import AttentionSparsity, Capture, RunSummary, SVDAlignment, TrajectoryWriter
 from svf_lightning.replay import CheckpointReplay, ReplayData
+from svf_lightning.replay.suite import SuiteSettings
 from svf_lightning.replay.trainer import ReplayTrainer
 from svf_lightning.trajectory import open_trajectory
 
 STEPS = [0, 1, 2, 4, 8]
-SIZES = {"max_steps": 8, "n_layers": 2, "d_model": 48, "n_heads": 3, "batch_size": 8}
+SETTINGS = SuiteSettings(max_steps=8, n_layers=2, d_model=48, n_heads=3, batch_size=8)
 
 
 def replay(source, run_dir, *, model=None, callbacks=(), n_prompts=13, batch_size=5, prompts="ioi", **options):

@@ -1,0 +1,72 @@
+"""CheckpointTable: one line for each checkpoint of the directory, and what went wrong."""
+
+import re
+
+import numpy as np
+from helpers.replays import STEPS, replay
+
+from svf_lightning.callbacks import AttentionSparsity, CheckpointTable, ProbeMetric, Quantity, quantities_of
+from svf_lightning.replay import FolderCheckpoints
+from svf_lightning.rows import Rows
+from svf_lightning.run.ledger import Entry, Ledger
+from svf_lightning.trajectory import TrajectoryStore
+
+
+def table_of(shown):
+    """Cells of each line of a table, its titles first."""
+    lines = [re.split(r"[│┃]", line)[1:-1] for line in shown.splitlines() if line[:1] in "│┃"]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def write(run_dir, steps, hashes, **columns):
+    values = {name.replace("__", "/"): ((), np.asarray(column, dtype="f4")) for name, column in columns.items()}
+    values["weight_hash"] = ((), np.array(hashes, dtype="<U64"))
+    TrajectoryStore(run_dir).append(Rows(np.asarray(steps), values, ("layer", "head")))
+
+
+def test_a_replay_ends_with_a_line_for_each_checkpoint_whenever_it_was_measured(suite, tmp_path, capsys):
+    replay(FolderCheckpoints(str(suite), steps=[0, 8]), tmp_path)
+    capsys.readouterr()
+    rows = replay(FolderCheckpoints(str(suite)), tmp_path, callbacks=(CheckpointTable(),))
+    shown = capsys.readouterr().out
+    titles, *lines = table_of(shown)
+    assert titles == ["step", "accuracy", "logits", "attn", "S(v)", "shared", "indep", "N_recon"]
+    assert [line[0] for line in lines] == [str(step) for step in STEPS]
+    for name, title in (("sad/task/attention", "attn"), ("sad/task/sparseness", "S(v)"), ("sad/accuracy", "accuracy")):
+        column = [line[titles.index(title)] for line in lines]
+        assert column == [f"{value:.3f}" for value in rows[name].values]
+    assert "failed" not in shown
+    assert "same weights" not in shown
+
+
+def test_a_quantity_of_a_user_gets_a_column_if_it_names_one(tmp_path, capsys):
+    class Mine(ProbeMetric):
+        quantities = (Quantity("own/number", column="mine"), Quantity("own/other"))
+
+        def measure(self, probe):
+            return {}
+
+    write(tmp_path, [0, 1000], ["a", "b"], own__number=[0.25, 0.5], own__other=[1, 2])
+    CheckpointTable().show(tmp_path, quantities_of([Mine(), AttentionSparsity()]))
+    # those of AttentionSparsity are known, but not measured
+    assert table_of(capsys.readouterr().out) == [["step", "mine"], ["0", "0.250"], ["1,000", "0.500"]]
+
+
+def test_checkpoints_that_failed_and_steps_with_the_same_weights_are_named_below(tmp_path, capsys):
+    write(tmp_path, [0, 1, 2, 1000, 2000], ["a", "a", "b", "c", "b"])
+    ledger = Ledger(tmp_path)
+    ledger.record(Entry(0, "step0", "done"))
+    ledger.record(Entry(4000, "step4000", "failed", error="step4000: no [network]"))
+    CheckpointTable().show(tmp_path, {})
+    below = capsys.readouterr().out.splitlines()[-3:]
+    assert below == [
+        "steps 0, 1 have the same weights, bit for bit",
+        "steps 2, 2,000 have the same weights, bit for bit",
+        "step 4,000 failed: step4000: no [network]",
+    ]
+
+
+def test_a_directory_without_a_row_has_no_table_but_its_failures(tmp_path, capsys):
+    Ledger(tmp_path).record(Entry(3, "step3", "failed", error="gone"))
+    CheckpointTable().show(tmp_path, {})
+    assert capsys.readouterr().out == "step 3 failed: gone\n"

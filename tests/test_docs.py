@@ -1,0 +1,197 @@
+"""What the documentation says is so: its commands parse, its code runs, its names exist, its tables are of this code."""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.training import train
+
+from svf_lightning.__main__ import FUNCTIONS, main
+from svf_lightning.callbacks import Capture, SVDAlignment, TrajectoryWriter
+from svf_lightning.registry import BUILT_IN
+from svf_lightning.testing import check_metric
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.splitlines()
+        if line.startswith("python -m svf_lightning")
+    }
+)
+
+
+def test_there_are_commands_of_every_kind():
+    named = {shlex.split(line)[3] for line in COMMANDS}
+    assert named >= {"fit", "test", "replay", *FUNCTIONS}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_of_the_documentation_is_understood(typed, line):
+    command, *arguments = shlex.split(line)[3:]
+    if command in FUNCTIONS:
+        options = inspect.signature(FUNCTIONS[command]).parameters
+        for argument in arguments:
+            if argument.startswith("--"):
+                assert argument.removeprefix("--").split("=")[0] in options
+            elif argument.startswith("sweeps/"):
+                assert (ROOT / argument).is_file()
+        return
+    result = typed(command, *arguments, *([] if "--help" in arguments else ["--print_config"]))
+    assert result.returncode == 0, result.stderr
+
+
+def test_links_lead_to_files_that_are_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# ---- code
+
+
+def code_of(page, begins):
+    (block,) = [block for block in blocks(page, "python") if begins in block]
+    return block
+
+
+def test_the_example_of_a_metric_keeps_the_contract():
+    scope = {}
+    exec(code_of(ROOT / "README.md", "class FeatureNorms"), scope)
+    check_metric(scope["FeatureNorms"]())
+
+
+def test_the_example_of_reading_a_trajectory_reads_one(tmp_path, monkeypatch):
+    code = code_of(ROOT / "README.md", "open_trajectory(")
+    (folder,) = re.findall(r'open_trajectory\("(.+?)"\)', code)
+    monkeypatch.chdir(tmp_path)
+    from svf_lightning.callbacks import FeatureOrthogonality
+
+    train(tmp_path / folder, 220, [Capture(), SVDAlignment(), FeatureOrthogonality(), TrajectoryWriter()])
+    scope = {}
+    exec(code, scope)
+    assert scope["run"].sizes["step"] == 221
+    assert np.isfinite(scope["run"]["alignment/matched"]).all()
+
+
+def test_names_that_examples_import_exist():
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+# ---- the map of the house
+
+
+def test_files_and_names_of_the_map_exist():
+    text = (ROOT / "docs" / "developing.md").read_text()
+    named = set(re.findall(r"`([^`\n]+)`", text))
+    paths = {name for name in named if re.fullmatch(r"[\w./]+(/|\.\w+)", name) and ("/" in name or ".py" in name)}
+    assert len(paths) > 20
+    roots = [ROOT, ROOT / "svf_lightning", *(path for path in (ROOT / "svf_lightning").iterdir() if path.is_dir())]
+    missing = [name for name in paths if not any((root / name).exists() for root in roots)]
+    assert missing == []
+    known = _names()
+    classes = {name for name in named if re.fullmatch(r"[A-Z][a-zA-Z]+(\.\w+)?", name)}
+    assert {"ProbeMetric", "RowSink", "Trial", "Capture", "ProbeMetric.version"} <= classes
+    for name in classes - {"InputError"}:
+        owner, _, attribute = name.partition(".")
+        assert owner in known, name
+        assert not attribute or hasattr(known[owner], attribute), name
+
+
+def _names():
+    """Everything that a module of this package defines, by name."""
+    names = {}
+    for path in (ROOT / "svf_lightning").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module != "svf_lightning.__main__" and "ray" not in module:
+            names |= vars(importlib.import_module(module))
+    return names
+
+
+def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
+    """The floors of the map, lowest first; a module imports, at its top, what is on its own floor or below."""
+    floors = [
+        ["errors", "terminal", "arguments", "draws", "matrix_files", "rotary", "heads", "metrics", "theory"],
+        ["quantities", "probe"],
+        ["run", "trajectory", "rows"],
+        ["callbacks", "toy", "replay"],
+        ["registry", "figures"],
+        ["wandb_logger", "wandb_media", "cli"],
+        ["pages", "sweep"],
+        ["commands", "testing", "__main__"],
+    ]
+    floor_of = {room: i for i, rooms in enumerate(floors) for room in rooms}
+    package = ROOT / "svf_lightning"
+    rooms = {path.stem for path in package.glob("*.py")} | {
+        p.name for p in package.iterdir() if (p / "__init__.py").is_file()
+    }
+    assert rooms - {"__init__"} == floor_of.keys()
+    up = []
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("svf_lightning."):
+                other = node.module.split(".")[1]
+                if room != "__init__" and floor_of[other] > floor_of[room]:
+                    up.append((str(path.relative_to(package)), node.module))
+    assert up == []
+
+
+def test_neither_the_toy_nor_the_replay_knows_the_other_or_the_callbacks():
+    for room, others in (
+        ("toy", ("replay", "callbacks")),
+        ("replay", ("toy", "callbacks")),
+        ("callbacks", ("toy", "replay")),
+    ):
+        for path in (ROOT / "svf_lightning" / room).rglob("*.py"):
+            for other in others:
+                assert f"from svf_lightning.{other}" not in path.read_text(), path
+
+
+# ---- what is written by a program
+
+
+def test_tables_of_the_documentation_are_what_the_program_writes(tmp_path):
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    assert tables.replaced(readme, "presets", tables.presets_table()) == readme, "run python docs/tables.py"
+    assert tables.metrics_page() == (ROOT / "docs" / "metrics.md").read_text(), "run python docs/tables.py"
+    assert all(f"`{name}`" in tables.metrics_page() for name in BUILT_IN)
+
+
+def test_the_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "replay", *FUNCTIONS):
+        assert re.search(rf"^  {command} +\w", shown, re.MULTILINE), command
+
+
+def test_the_wheel_has_every_package_of_the_tree():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in (ROOT / "svf_lightning").rglob("__init__.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(declared) - {"svf_lightning.configs"}
+    for kind in ("*.js", "*.css", "templates/*.html"):
+        assert list(Path(str(resources.files("svf_lightning.pages"))).glob(kind))
