@@ -13,13 +13,10 @@ fit: .venv/installed ## install, and run the main job
 test: .venv/installed-dev ## install, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
-# mypy does not know of setuptools' package-dir, so it reads a copy in which callbacks/ lies inside the package
 check: .venv/installed-dev ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && mkdir -p build && cp -r svf_lightning build/types.new && cp -r callbacks build/types.new/callbacks
-	mkdir build/types && mv build/types.new build/types/svf_lightning && cp -r benchmarks build/types/
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p svf_lightning -p benchmarks
+	$(BIN)/mypy -p svf_lightning -p benchmarks
 
 clean: ## remove the environment and the caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,131 @@
+"""Writes the tables of the documentation, each between its two markers; nothing in them is typed in by hand.
+
+    python docs/tables.py [RUN_DIR ...]
+
+``README.md``: the presets. ``docs/metrics.md``: every quantity. ``docs/results.md``: the verdicts of the given runs,
+from their summary.json; rows of experiments that are not given stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from svf_lightning.cli import DEFAULT_PRESET, preset_path, presets
+from svf_lightning.quantities import Quantity
+from svf_lightning.registry import BUILT_IN, METRICS
+from svf_lightning.run.directory import is_replay
+from svf_lightning.run.summary import read_summary
+
+ROOT = Path(__file__).parents[1]
+README, METRICS_PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "results.md"
+
+
+def between(name: str) -> tuple[str, str]:
+    """The markers of a table."""
+    return f"<!-- {name}: written by docs/tables.py -->", f"<!-- end of {name} -->"
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """A page with the table of that name in place of the one that it has."""
+    begin, end = between(name)
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def rows_of(text: str, name: str) -> list[str]:
+    """The rows of a page's table, without its header."""
+    begin, end = between(name)
+    return text.split(begin)[1].split(end)[0].strip().splitlines()[2:]
+
+
+def markdown(titles: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    """A table of text."""
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def presets_table() -> str:
+    """The presets of `fit` and of `replay`, as their files describe themselves."""
+    rows = []
+    for folder in ("", "replay"):
+        for name in sorted(presets(folder), key=lambda name: name != DEFAULT_PRESET):
+            about = yaml.safe_load(preset_path(name, folder).read_text(encoding="utf-8"))["experiment"]
+            command = f"{'replay' if folder else 'fit'} --config {name}"
+            rows.append((f"`{command}`", about["figures"], about["shows"]))
+    return markdown(("command", "paper", "shows"), rows)
+
+
+def metrics_table(provider: str | None) -> str:
+    """The quantities of one provider, by the name of its class; None for those that no callback measures."""
+    rows = [_about(q) for q in BUILT_IN.values() if _provider(q) == provider]
+    return markdown(("name", "what", "unit", "range", "meaning", "source", "W&B"), rows)
+
+
+def _provider(quantity: Quantity) -> str | None:
+    name = quantity.provider.rsplit(".", 1)[-1]
+    return name if name in METRICS else None
+
+
+def _about(q: Quantity) -> tuple[str, ...]:
+    dims = f" [{', '.join(q.dims)}]" if q.dims else ""
+    logged = "" if q.dims else {"extremes": "mean, min, max", "mean": "mean", "no": "-"}[q.logged]
+    return f"`{q.name}`{dims}", q.label, q.unit, q.range, q.meaning, q.source, logged
+
+
+def metrics_page() -> str:
+    """The whole page of metrics."""
+    parts = [
+        "# Every quantity that is measured",
+        "Written by `python docs/tables.py` from the declarations beside each `measure` (`ProbeMetric.quantities`). "
+        "Names are those of the trajectory, of `summary.json` and of W&B; a quantity has the dimensions of the probe "
+        "(instance, or layer and head) and those in brackets. What the callbacks do is in their docstrings.",
+    ]
+    for name in [None, *METRICS]:
+        title = "Losses, coordinates, and what is derived" if name is None else name
+        add = "" if name is None else f"`--trainer.callbacks+=svf_lightning.callbacks.{name}`\n\n"
+        parts.append(f"## {title}\n\n{add}{metrics_table(name)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def claims(run_dir: Path) -> list[tuple[str, ...]]:
+    """One row per claim of a run."""
+    summary = read_summary(run_dir)
+    if summary.get("status") != "finished":
+        raise SystemExit(f"{run_dir} is {summary.get('status', 'not a finished run')}")
+    answers = {True: "yes", False: "**no**", None: "open question"}
+    command = f"`{'replay' if is_replay(run_dir) else 'fit'} --config {summary['experiment']}`"
+    rows = []
+    for claim in summary["claims"]:
+        measured = "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
+        needed = claim["needed"].replace(", open question", "")
+        rows.append((claim["figure"], command, claim["claim"], measured, needed, answers[claim["holds"]]))
+    return rows
+
+
+def claims_table(page: str, run_dirs: list[Path]) -> str:
+    """The page's table with the rows of these runs in place of those of their experiments; new ones come last."""
+    tables: dict[str, list[str]] = {}
+    for row in rows_of(page, "claims"):
+        tables.setdefault(row.split("|")[2].strip(), []).append(row)
+    header = markdown(("paper", "command", "claim", "measured", "needed", "holds"), [])
+    for run_dir in run_dirs:
+        rows = claims(run_dir)
+        tables[rows[0][1]] = markdown(("",), rows).splitlines()[2:]
+    return "\n".join([header, *(row for table in tables.values() for row in table)])
+
+
+def main(run_dirs: list[str]) -> None:
+    """Write all tables."""
+    README.write_text(replaced(README.read_text(), "presets", presets_table()))
+    METRICS_PAGE.write_text(metrics_page())
+    page = RESULTS.read_text()
+    RESULTS.write_text(replaced(page, "claims", claims_table(page, [Path(run_dir) for run_dir in run_dirs])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
