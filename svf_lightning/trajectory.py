@@ -21,15 +21,16 @@ import numpy as np
 import torch
 
 from svf_lightning.errors import InputError
+from svf_lightning.files import write_text
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
 from svf_lightning.quantities import ATTRIBUTE, Place, Quantity, as_json, attach, stored_quantities
 from svf_lightning.rows import Column, Rows
-from svf_lightning.run.directory import TRAJECTORY, write_text
 
 if TYPE_CHECKING:
     import xarray as xr
     import zarr
 
+TRAJECTORY = "trajectory.zarr"
 _PARTS = "trajectory*.zarr"  # trajectory.zarr, and trajectory.rank1.zarr ... of further devices
 FORMAT = 1
 _METADATA = ".zmetadata"

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from svf_lightning.errors import InputError
+from svf_lightning.files import write_json
 from svf_lightning.run.claims import Claim, judge
-from svf_lightning.run.directory import check_free, new_run_dir, write_json
+from svf_lightning.run.directory import check_free, new_run_dir
 
 METRICS = {"a": np.array([1.0, 2.0, 6.0]), "b": np.array([2.0, 2.0, 7.0]), "c": np.array([1.0, np.nan, 9.0])}
 

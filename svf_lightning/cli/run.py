@@ -22,21 +22,14 @@ from svf_lightning.callbacks.base import Driver, ProbeMetric, RowSink, quantitie
 from svf_lightning.cli.messages import explain, quiet_the_libraries
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
 from svf_lightning.errors import InputError, bad_value, one_line, reason
-from svf_lightning.run.directory import (
-    CHECKPOINTS,
-    CONFIG,
-    TRAJECTORY,
-    check_free,
-    is_replay,
-    new_run_dir,
-    owner_of,
-    write_text,
-)
+from svf_lightning.files import write_text
+from svf_lightning.run.directory import CHECKPOINTS, CONFIG, check_free, is_replay, new_run_dir, owner_of
 from svf_lightning.run.identity import check_same_metrics, metric_identity
 from svf_lightning.run.settings import CaptureOptions, Experiment, JoinsRun, Run
 from svf_lightning.terminal import say
 from svf_lightning.toy import ToyAttentionModel, ToyData
 from svf_lightning.toy.model import check_state_fits
+from svf_lightning.trajectory import TRAJECTORY
 from svf_lightning.wandb_logger import RunLogger
 
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.run.directory import TRAJECTORY, write_text
+from svf_lightning.files import write_text
 from svf_lightning.terminal import say
-from svf_lightning.trajectory import open_trajectory
+from svf_lightning.trajectory import TRAJECTORY, open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr

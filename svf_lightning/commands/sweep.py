@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from svf_lightning.cli import FitSettings
 from svf_lightning.commands.report import report_sweep
 from svf_lightning.errors import InputError, bad_value, one_line
-from svf_lightning.run.directory import check_free, write_text
+from svf_lightning.files import write_text
+from svf_lightning.run.directory import check_free
 from svf_lightning.sweep.cohort import group_trials
 from svf_lightning.sweep.engines import Outcome, default_memory_bytes, run_local, run_ray, worker_pool
 from svf_lightning.sweep.file import SweepFile, read_sweep

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.figures.look import TEMPLATES
-from svf_lightning.run.directory import write_text
+from svf_lightning.files import write_text
 
 _TITLE = 56  # pixels that a figure's title and subtitle take
 _NARROW_MARGIN = 150  # pixels

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from svf_lightning import __version__
 from svf_lightning.errors import CheckpointError, InputError, bad_value
+from svf_lightning.files import write_json
 from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Intervene, Outcome, Probe
 from svf_lightning.replay.bridge import Processing, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
@@ -23,7 +24,7 @@ from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.prompts import Prompt
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
-from svf_lightning.run.directory import IDENTITY, write_json
+from svf_lightning.run.directory import IDENTITY
 from svf_lightning.run.identity import check_same_identity, metric_identity
 from svf_lightning.run.ledger import Entry, Ledger
 

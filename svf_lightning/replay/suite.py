@@ -32,8 +32,9 @@ from torch import Tensor
 
 from svf_lightning.draws import keyed_seed
 from svf_lightning.errors import DivergedError, InputError, bad_value
+from svf_lightning.files import write_json
 from svf_lightning.replay.prompts import NAMES, OBJECTS, PLACES, TEMPLATES, ioi_sentences
-from svf_lightning.run.directory import versions, write_json
+from svf_lightning.run.directory import versions
 from svf_lightning.terminal import say
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import secrets
@@ -14,17 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from svf_lightning.errors import InputError, reason
+from svf_lightning.trajectory import TRAJECTORY
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
-TRAJECTORY = "trajectory.zarr"
 
 
 def new_run_dir(experiment: str, root: Path) -> Path:
@@ -91,31 +88,6 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise InputError(f"{path} holds no settings. Fix: the file is damaged; repeat the run.")
     return dict(config)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strictly valid JSON; numbers that are not finite become null."""
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_finite(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
 
 
 def versions() -> dict[str, str]:

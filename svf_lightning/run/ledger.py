@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from svf_lightning.errors import InputError
-from svf_lightning.run.directory import write_json
+from svf_lightning.files import write_json
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
 

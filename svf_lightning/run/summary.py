@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from svf_lightning.errors import InputError
+from svf_lightning.files import write_json
 from svf_lightning.metrics import time_of_change
 from svf_lightning.quantities import Place, Quantity
 from svf_lightning.rows import Rows, scalar_variables, statistics
 from svf_lightning.run.claims import Verdict, judge
-from svf_lightning.run.directory import SUMMARY, versions, write_json
+from svf_lightning.run.directory import SUMMARY, versions
 from svf_lightning.run.settings import Experiment
 
 if TYPE_CHECKING:

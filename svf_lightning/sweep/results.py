@@ -12,8 +12,8 @@ import numpy as np
 
 from svf_lightning.arguments import short
 from svf_lightning.errors import InputError
+from svf_lightning.files import write_json, write_text
 from svf_lightning.quantities import Quantity
-from svf_lightning.run.directory import write_json, write_text
 from svf_lightning.run.summary import read_summary
 from svf_lightning.sweep.trial import SEEDS, Trial, as_cell
 

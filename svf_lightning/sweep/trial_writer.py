@@ -15,9 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks import RowSink, TrajectoryWriter
 from svf_lightning.callbacks.base import Driver, Status
+from svf_lightning.files import write_text
 from svf_lightning.rows import Rows
 from svf_lightning.run.claims import Claim
-from svf_lightning.run.directory import CHECKPOINTS, CONFIG, write_text
+from svf_lightning.run.directory import CHECKPOINTS, CONFIG
 from svf_lightning.run.identity import metric_identity, wandb_name
 from svf_lightning.run.settings import Experiment
 from svf_lightning.run.summary import Result, changes, summarize
