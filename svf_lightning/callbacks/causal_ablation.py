@@ -38,7 +38,10 @@ def _of_n(n: int) -> list[Quantity]:
             ),
         ]  # fmt: skip
     for kind, which in zip(KINDS[1:], _WHICH[1:], strict=True):
-        name, label = f"causal/top_vs_{kind}/logit_difference", f"logit difference, {n} largest against {which}"
+        name, label = (
+            f"causal/top_vs_{kind}/logit_difference",
+            f"logit difference, {n} largest against {which.removeprefix('of ')}",
+        )
         text = "Difference between the two changes of the logit difference, pair by pair"
         quantities += [
             Quantity(f"{name}/{n}", label, f"{text}, mean.", unit="nats", logged=logged, source="method, section 6"),

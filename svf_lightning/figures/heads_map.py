@@ -126,7 +126,7 @@ heads_map = figure(
     "heads_map",
     prepare_heads_map,
     draw_heads_map,
-    description="Attention, sparseness and N_recon of every head",
+    description="Attention, sparseness and number of singular pairs of every head",
     paper="beyond the paper",
     see="If the claim holds, heads that attend to the key (bright on the left, circled) are dark in the middle and on "
     "the right: sparse, and made of few singular pairs.",

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _PLACES_EACH = 64  # thin lines of a quantity; more cannot be told apart
 _POINTS_EACH = 150  # of a thin line
 _FEW_LINES = 3  # thin lines are drawn in panels with at most this many quantities
-_PANEL, _GAP = 170, 30  # pixels of a panel with the gap below it, and of the gap
+_PANEL, _GAP = 140, 30  # pixels of a panel, and of the gap below it
+_LEGEND_LINE = 29  # pixels; a panel is as tall as its legend
 _MARGIN = {**MARGIN, "t": 85, "b": 95, "r": 310}  # legends are at the right
 
 
@@ -130,13 +131,16 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
     panels = in_order(panel_of)
     drawn, time = go.Figure(), Steps(data.step, "log")
     layout: dict[str, Any] = {}
-    height = _PANEL * len(panels) - _GAP
-    for number, panel in enumerate(panels):
-        chosen = [i for i, its_panel in enumerate(panel_of) if its_panel == panel]
+    lines_of = [[i for i, its_panel in enumerate(panel_of) if its_panel == panel] for panel in panels]
+    heights = [max(_PANEL, _LEGEND_LINE * len(lines)) for lines in lines_of]
+    height = sum(heights) + _GAP * (len(panels) - 1)
+    below = height  # pixels of what is not placed yet
+    for number, (panel, chosen) in enumerate(zip(panels, lines_of, strict=True)):
         colours = _colours([data.quantities[i] for i in chosen])
         y, legend = axis_name("y", number + 1), f"legend{number + 2}"
-        top = 1 - number * _PANEL / height
-        domain = [max(0.0, top - (_PANEL - _GAP) / height), top]
+        top = below / height
+        domain = [max(0.0, (below - heights[number]) / height), top]
+        below -= heights[number] + _GAP
         value_axis = _value_axis(panel, [data.values[i] for i in chosen])
         layout[axis_name("y", number + 1, "axis")] = {"domain": domain, **value_axis}
         layout[legend] = {"x": 1.01, "xanchor": "left", "y": top, "yanchor": "top", "font": {"size": 12}}
@@ -181,7 +185,8 @@ def _colours(quantities: Sequence[Quantity]) -> list[str]:
 
 
 def _value_axis(panel: Panel, values: Sequence[np.ndarray]) -> dict[str, Any]:
-    axis: dict[str, Any] = {"title": {"text": markup(panel.axis)}, "type": "log" if panel.log else "linear"}
+    scale = "log" if panel.log else "linear"
+    axis: dict[str, Any] = {"title": {"text": markup(panel.axis)}, "type": scale, "exponentformat": "power"}
     flat = np.concatenate([each.ravel() for each in values])
     positive = flat[np.isfinite(flat) & (flat > 0)]
     if panel.log and positive.size and positive.max() > 20 * positive.min():

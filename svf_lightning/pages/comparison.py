@@ -21,7 +21,7 @@ from svf_lightning.trajectory import open_trajectory
 if TYPE_CHECKING:
     import xarray as xr
 
-_NO_SETTINGS = ("trainer.callbacks", "trainer.logger", "experiment.claims")
+_NO_SETTINGS = ("trainer.callbacks", "trainer.logger", "experiment.claims", "experiment.shows")
 
 
 def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparison.html") -> Path:
