@@ -186,7 +186,7 @@ def _colours(quantities: Sequence[Quantity]) -> list[str]:
 
 def _value_axis(panel: Panel, values: Sequence[np.ndarray]) -> dict[str, Any]:
     scale = "log" if panel.log else "linear"
-    axis: dict[str, Any] = {"title": {"text": markup(panel.axis)}, "type": scale, "exponentformat": "power"}
+    axis: dict[str, Any] = {"title": {"text": markup(panel.axis)}, "type": scale, "exponentformat": "e"}
     flat = np.concatenate([each.ravel() for each in values])
     positive = flat[np.isfinite(flat) & (flat > 0)]
     if panel.log and positive.size and positive.max() > 20 * positive.min():
@@ -233,10 +233,10 @@ training = figure(
     "training",
     prepare_training,
     draw_training,
-    description="Losses, spectrum, alignment, sparseness over training",
-    paper="Fig. 3",
-    see="What happens when. Thick: mean over instances or heads; thin: each of them. Pointing at a step shows its "
-    "values.",
+    description="Main quantities over training",
+    paper="",
+    see="What happens when. Alignment and orthogonality, where a run has them, are Fig. 3. Thick: mean over instances "
+    "or heads; thin: each of them. Pointing at a step shows its values.",
     view="toy",
 )
 further = figure(
