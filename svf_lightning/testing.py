@@ -1,12 +1,16 @@
 """Contracts that a module or a metric callback of a user has to keep, as checks to call in a test.
 
-from svf_lightning.testing import check_metric, check_module
+For example::
 
-def test_my_metric():
-    check_metric(MyMetric())
+    from svf_lightning.testing import check_metric, check_module
 
-def test_my_module():
-    check_module(MyModule())
+    def test_my_metric():
+        check_metric(MyMetric())
+
+    def test_my_module():
+        check_module(MyModule())
+
+A check raises AssertionError; its message says what is not as it has to be, and what to do.
 """
 
 from __future__ import annotations
