@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: fit test check clean
+.PHONY: fit test faults check clean
 
 fit: .venv/installed ## install, and run the main job
 	$(BIN)/python -m svf_lightning fit $(ARGS)
@@ -12,6 +12,9 @@ fit: .venv/installed ## install, and run the main job
 # one process per core, each with one thread: threads that spin would starve each other
 test: .venv/installed-dev ## install, and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+faults: .venv/installed-dev ## inject faults by the hundred, and print what became of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults --numprocesses auto $(ARGS)
 
 check: .venv/installed-dev ## lint, format and types
 	$(BIN)/ruff check .

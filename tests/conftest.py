@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import jaxtyping
 import pytest
-from helpers.command_line import Command
+from helpers.command_line import Command, ForkedCommand
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,13 @@ def command(tmp_path):
     folder = tmp_path / "work"
     folder.mkdir()
     return Command(folder)
+
+
+@pytest.fixture
+def forked(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir(exist_ok=True)
+    return ForkedCommand(folder)
 
 
 @pytest.fixture
