@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,8 +20,9 @@ from svf_lightning.arguments import CommandLine
 from svf_lightning.callbacks.base import Driver, ProbeMetric, RowSink, quantities_of
 from svf_lightning.cli.messages import explain, quiet_the_libraries
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
-from svf_lightning.errors import InputError, bad_value, one_line, reason
+from svf_lightning.errors import InputError, bad_value, one_line
 from svf_lightning.files import write_text
+from svf_lightning.run.checkpoint import read_checkpoint
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG, check_free, is_replay, new_run_dir, owner_of
 from svf_lightning.run.identity import check_same_metrics, metric_identity
 from svf_lightning.run.settings import CaptureOptions, Experiment, JoinsRun, Run
@@ -182,7 +182,7 @@ class ToyCLI(RunCLI):
     def _begin_run(self) -> None:
         self.model.check(self.trainer, self.datamodule, str(self.subcommand))
         if self.checkpoint is not None:
-            saved = _load_checkpoint(self.checkpoint)
+            saved = read_checkpoint(self.checkpoint)
             check_state_fits(self.model, saved["state_dict"])
             if self.subcommand == "fit" and 0 <= self.trainer.max_steps <= saved["global_step"]:
                 raise bad_value(
@@ -339,16 +339,3 @@ def _find_checkpoint(given: str | None, subcommand: str) -> Path | None:
             "(RUN_DIR/checkpoints/last.ckpt). Fix: check the path."
         )
     return Path(given)
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(saved["state_dict"], dict)
-        assert isinstance(saved["global_step"], int)
-    except Exception as error:  # torch raises errors of many types for damaged files
-        raise InputError(
-            f"--ckpt_path {path} cannot be read ({reason(error)}). Allowed: a .ckpt file that fit wrote. "
-            "Fix: the file is damaged or not a checkpoint of this program; take another one from its folder."
-        ) from error
-    return saved
