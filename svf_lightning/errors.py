@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,35 @@ def reason(error: BaseException, *, hide: Path | None = None) -> str:
     if hide is not None:
         text = text.replace(f"{hide}{os.sep}", "").replace(str(hide), hide.name)
     return (text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}...").rstrip(".")
+
+
+_RESOURCES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this process may write",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the file system was lost",
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files",
+    errno.ENOMEM: "out of memory",
+}
+
+
+def out_of_resources(error: BaseException) -> str | None:
+    """One line for an error that the machine is the cause of; None for any other."""
+    if isinstance(error, MemoryError):
+        return "out of memory. What was written before is whole. Fix: make room, and go on from the last checkpoint."
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    if not isinstance(cause, OSError) or cause.errno not in _RESOURCES:
+        return None
+    where = f" ({cause.filename})" if cause.filename else ""
+    return (
+        f"{_RESOURCES[cause.errno]}{where}. What was written before is whole. "
+        "Fix: make room, and go on from the last checkpoint."
+    )
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Text and JSON files that are written whole."""
+"""Files that are written whole."""
 
 from __future__ import annotations
 
@@ -12,12 +12,28 @@ from typing import Any
 import numpy as np
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old text or the new one."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: a reader sees the old bytes or the new ones, also after a crash of the machine.
+
+    Raises:
+        OSError: It cannot be written, as the disk is full; what was there before is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, as :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -111,6 +111,8 @@ class Probe:
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
         coords: Labels that hold for the whole run, by name: (dimensions, values); they travel with the trajectory.
         labels: Labels of this step, such as the revision and the hash of its weights; they travel with its row.
+        is_last: True if no step follows in its run; [K] after :meth:`stack`. Some metrics measure every n-th step and
+            the last one.
 
     Raises:
         InputError: Leading dimensions that do not agree.
@@ -133,6 +135,7 @@ class Probe:
     feature_dims: tuple[str, ...] | None = None
     coords: Mapping[str, Coordinate] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    is_last: bool | Bool[Tensor, " K"] = False
 
     def __post_init__(self) -> None:
         n = len(self.batch_dims)
@@ -242,6 +245,7 @@ class Probe:
         return replace(
             first,
             step=torch.tensor([int(p.step) for p in probes]),
+            is_last=torch.tensor([bool(p.is_last) for p in probes]),
             heads=heads,
             pair_logits=None if logits is None else logits.expand(len(probes), *logits.shape),
             **{name: _stack([getattr(p, name) for p in probes]) for name in _OBSERVED},

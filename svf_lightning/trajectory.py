@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -233,6 +233,7 @@ class TrajectoryStore:
         self._arrays: dict[str, Any] = {}
         self._metadata: dict[str, Any] = {}
         self._n_rows = 0
+        self._n_kept: int | None = None
 
     def __len__(self) -> int:
         if self.exists:
@@ -274,6 +275,10 @@ class TrajectoryStore:
                 f"{self.path} holds other quantities than this run measures. Fix: resume with the sizes and the "
                 "callbacks of the first run, or start a new run."
             )
+        if self._n_kept is not None:  # what follows is written again; readers must not see half of it
+            if self._n_kept < self._n_rows:
+                self._commit(self._n_kept)
+            self._n_kept = None
         steps = rows.steps
         at = slice(self._n_rows, self._n_rows + len(steps))
         for pack, names in packs.items():
@@ -284,11 +289,34 @@ class TrajectoryStore:
         self._arrays["step"][at] = steps
         self._commit(at.stop)
 
-    def truncate(self, before_step: int) -> None:
-        """Forget the rows of ``before_step`` and later, as a run that goes on from there will write them again."""
-        self._open()
-        steps = self._arrays["step"][: self._n_rows]
-        self._commit(int(np.searchsorted(steps, before_step)))
+    def go_on(self, step: int, expected: Iterable[int]) -> None:
+        """Prepare to write the rows of ``step`` and later; those that are there go when the first new ones come.
+
+        Nothing is written yet.
+
+        Args:
+            step: Training step from which the run goes on.
+            expected: Steps before it that must have a row.
+
+        Raises:
+            InputError: Rows before it are missing, or the store is damaged.
+        """
+        if self.path.exists() and not self.exists:
+            raise InputError(
+                f"{self.path} is damaged: {_METADATA} is missing, which says what it holds. "
+                "Fix: restore that file, or begin a new run."
+            )
+        steps = _open_part(self.path)["step"].values if self.exists else np.empty(0, dtype=np.int64)
+        kept = steps[steps < step]
+        missing = sorted(set(expected) - set(kept.tolist()))
+        if missing or (np.diff(kept) <= 0).any():
+            gap = f"{len(missing)} rows are missing, the first of step {missing[0]}" if missing else "rows are repeated"
+            raise InputError(
+                f"{self.path} cannot go on from step {step}: {gap}. Allowed: every row before that step. "
+                f"Fix: go on from a checkpoint of step {missing[0] if missing else 0} or earlier, or in a new run "
+                "directory (--run_dir)."
+            )
+        self._n_kept = len(kept)
 
     def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], rows: Rows) -> None:
         import zarr

@@ -80,16 +80,41 @@ def test_what_follows_from_the_rest_is_computed_on_access(tmp_path):
     assert dataset["gram"].isel(step=-1, instance=0, feature=2, feature_2=2).item() == pytest.approx(1)
 
 
-def test_rows_from_a_step_on_can_be_forgotten_and_written_again(tmp_path):
+def test_rows_that_are_written_again_stay_until_the_new_ones_come(tmp_path):
     TrajectoryStore(tmp_path, rows_per_chunk=8).append(rows(0, 21, seed=1))
     store = TrajectoryStore(tmp_path, rows_per_chunk=8)  # another process
-    store.truncate(before_step=13)
-    assert open_trajectory(tmp_path).sizes["step"] == 13
-    store.append(rows(13, 30))
+    store.go_on(13, range(13))
+    assert open_trajectory(tmp_path).sizes["step"] == 21
+    store.append(rows(13, 16))
+    assert open_trajectory(tmp_path)["step"].values.tolist() == list(range(16))
+    store.append(rows(16, 30))
     dataset = open_trajectory(tmp_path)
     assert dataset["step"].values.tolist() == list(range(30))
     np.testing.assert_array_equal(dataset["W"].values[:13], columns(0, 13, seed=1)["W"][1])
     np.testing.assert_array_equal(dataset["W"].values[13:], columns(13, 30)["W"][1])
+
+
+def test_rows_that_do_not_fit_are_refused_before_the_old_ones_go(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 21))
+    store = TrajectoryStore(tmp_path)
+    store.go_on(13, range(13))
+    with pytest.raises(InputError, match="other quantities"):
+        store.append(Rows(np.arange(13, 14), {"x": ((), np.zeros(1))}, ("instance",)))
+    assert open_trajectory(tmp_path).sizes["step"] == 21
+
+
+def test_a_run_does_not_go_on_over_a_gap(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 10))
+    with pytest.raises(InputError, match=r"step 15: 5 rows are missing, the first of step 10"):
+        TrajectoryStore(tmp_path).go_on(15, range(15))
+    assert open_trajectory(tmp_path).sizes["step"] == 10
+
+
+def test_a_store_whose_metadata_are_gone_is_not_taken_for_an_empty_one(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 10))
+    (tmp_path / "trajectory.zarr" / ".zmetadata").unlink()
+    with pytest.raises(InputError, match=r"\.zmetadata is missing"):
+        TrajectoryStore(tmp_path).go_on(5, range(5))
 
 
 def test_a_reader_sees_whole_rows_while_the_writer_writes(tmp_path):

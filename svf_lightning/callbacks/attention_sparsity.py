@@ -191,13 +191,16 @@ class AttentionSparsity(ProbeMetric):
             scores = probe.attended_scores
             if scores is None:
                 return {}
-            steps = torch.as_tensor(probe.step).flatten()
-            due = steps % self.every_n_steps == 0
-            due[-1] = True  # the last step of each block too, so that a run's last step is always measured
+            steps, is_last = (torch.as_tensor(x).flatten() for x in (probe.step, probe.is_last))
+            due = (steps % self.every_n_steps == 0) | is_last
+            looked_at = due.clone()
+            looked_at[-1] |= not due.any()  # for the names and the shapes
             metric = self._metric()
-            _update(metric, scores if due.all() else scores.at_steps(due))
+            _update(metric, scores if looked_at.all() else scores.at_steps(looked_at))
             measured = self._of_heads(metric.compute(), metric.rank)
-            return measured if due.all() else {name: _spread(value, due) for name, value in measured.items()}
+            if due.all():
+                return measured
+            return {name: _spread(value[due[looked_at]], due) for name, value in measured.items()}
         seen, rank = self._seen.compute(), self._seen.rank  # all parts belong to one step
         measured = self._of_heads(seen, rank)
         if self._errors:

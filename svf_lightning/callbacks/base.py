@@ -159,6 +159,9 @@ class RowSink(EvaluationHooks, ABC):
         """Make sure that someone hands rows on."""
         Driver.of(trainer)
 
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rows will come. Called once, in the order of the sinks; ``trainer.global_step`` is the step of the first."""
+
     @abstractmethod
     def consume(self, rows: Rows) -> None:
         """Take one chunk of rows; every row is whole."""
@@ -184,6 +187,10 @@ class Driver(EvaluationHooks, ABC):
     @abstractmethod
     def chunk(self) -> int:
         """Number of rows that are measured and handed on together."""
+
+    @abstractmethod
+    def is_scheduled(self, step: int) -> bool:
+        """True if a row is taken at this training step; the last step of a run has one in any case."""
 
     @staticmethod
     def of(trainer: Trainer) -> Driver:

@@ -9,7 +9,7 @@ never by the clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -27,7 +28,9 @@ from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Quantity
 from svf_lightning.rows import Rows, statistics
+from svf_lightning.run.lineage import SETTINGS
 from svf_lightning.run.settings import CaptureOptions, Run
+from svf_lightning.stop import STOP
 from svf_lightning.terminal import say
 from svf_lightning.trajectory import open_trajectory
 
@@ -84,6 +87,8 @@ class Capture(Driver, default=True):
         self._n_threads = 1
         self._diverged: set[tuple[int, ...]] = set()
         self._n_rows = 0
+        self._settings = ""
+        self._monitors: list[int] = []
 
     def join(self, run: Run) -> None:
         """Take the run's options.
@@ -92,11 +97,16 @@ class Capture(Driver, default=True):
             InputError: They contradict those that were given here.
         """
         self.options = self.options.joined(run.capture)
+        self._settings = run.settings
 
     @property
     def chunk(self) -> int:
         """Rows that are measured and written together."""
         return self.options.chunk
+
+    def is_scheduled(self, step: int) -> bool:
+        """True if the run's options capture this training step."""
+        return self.options.is_scheduled(step)
 
     # ---- hooks: training -------------------------------------------------------------------------------------------
 
@@ -105,8 +115,9 @@ class Capture(Driver, default=True):
         self._open(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the rows that a resumed run has already."""
-        self._n_rows = sum(self.options.is_scheduled(step) for step in range(trainer.global_step))
+        """Count the rows that a resumed run has already, and take signals at the ends of steps."""
+        self._begin(trainer, pl_module)
+        STOP.hold()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the probe of this step, before the update."""
@@ -119,30 +130,58 @@ class Capture(Driver, default=True):
         """Complete the row with the losses that the update came from."""
         if self._pending is not None:
             self._pending.set_losses(outputs)
-            if self._commit(trainer):  # progress bars and monitoring callbacks read these
+            if self._commit(trainer) and not self._monitors:
                 pl_module.log_dict(self.latest_means(), logger=False)
+            if any(every and trainer.global_step % every == 0 for every in self._monitors):
+                self._tell_monitors(pl_module)
+        if STOP.asked:
+            _end_after_this_step(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Callbacks that monitor a quantity look at the end of an epoch."""
+        if self._monitors:
+            self._tell_monitors(pl_module)
+
+    def _tell_monitors(self, pl_module: LightningModule) -> None:
+        """Log the last step that was captured, measured by itself ahead of its chunk."""
+        if self._buffer and self._pool is not None:
+            rows = self._pool.submit(self._measure, self._buffer[-1:]).result()
+            pl_module.log_dict(_means(rows), logger=False)
+        else:
+            pl_module.log_dict(self.latest_means(), logger=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rows before a checkpoint are on disk before the checkpoint is."""
+        """Rows before a checkpoint are on disk before the checkpoint is; it carries the settings of its run."""
         self.flush(trainer)
+        if self._settings:
+            checkpoint[SETTINGS] = self._settings
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Capture the final weights, and finish."""
+        """Capture the final weights, keep them as the last checkpoint, and finish."""
         if self._pool is None:
             return
-        self._pending = self._observe(pl_module)
+        self._pending = self._observe(pl_module, is_last=True)
         current_losses = getattr(pl_module, "current_losses", None)
         if callable(current_losses):
             self._pending.set_losses(current_losses())
         self._commit(trainer)
         self.close(trainer)
-        self._finish(trainer, pl_module, "finished")
+        _save_last(trainer)
+        self._finish(trainer, pl_module, "interrupted" if STOP.asked else "finished")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a training that had no step left to take: ``max_steps`` is 0, or that of its checkpoint."""
+        if self._pool is not None:
+            self._begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     # ---- hooks: evaluation -----------------------------------------------------------------------------------------
 
     def on_evaluation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find who measures and who listens."""
         self._open(trainer, pl_module)
+        self._begin(trainer, pl_module)
+        STOP.hold()
 
     def on_evaluation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, n_done: int) -> None:
         """One row for each step that the module's probe stands for; batches of one step share a row.
@@ -150,13 +189,15 @@ class Capture(Driver, default=True):
         A row whose parts are counted (``probe.part``) is measured and written with its last part. A batch whose step
         gave None shows nothing.
         """
+        STOP.check()
         if outputs is None:
             return
         with torch.inference_mode():
             probe = pl_module.probe()  # type: ignore[operator]
             if self._pending is None or int(self._pending.probe.step) != int(probe.step):
                 self._commit(trainer)
-                self._pending = _Pending(probe)  # an evaluation does not change the weights, so no copy is needed
+                # each row stands for itself; an evaluation does not change the weights, so no copy is needed
+                self._pending = _Pending(replace(probe, is_last=True))
             self._pending.average_losses(outputs)
             if probe.part is None:
                 return
@@ -218,6 +259,13 @@ class Capture(Driver, default=True):
             self._pool.shutdown()
             self._flusher = self._pool = None
 
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the sinks that rows will come."""
+        first = trainer.global_step if trainer.state.fn == "fit" else 0
+        self._n_rows = sum(map(self.is_scheduled, range(first)))
+        for sink in self._sinks:
+            sink.begin(trainer, pl_module)
+
     def _finish(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> None:
         """Tell the sinks that there will be no more rows; does nothing the second time."""
         sinks, self._sinks = self._sinks, []
@@ -229,14 +277,16 @@ class Capture(Driver, default=True):
         self._quantities = quantities_of(callbacks, pl_module)
         self._metrics = [c for c in callbacks if isinstance(c, ProbeMetric)]
         self._sinks = [c for c in callbacks if isinstance(c, RowSink)]
+        self._monitors = _monitored_every(callbacks)
         self._pending, self._buffer, self._diverged, self._n_rows, self.last = None, [], set(), 0, None
         self._n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._n_threads, "svf-measure", initializer=_use_one_thread)
         self._flusher = ThreadPoolExecutor(1, "svf-flush")
 
     @torch.no_grad()
-    def _observe(self, pl_module: LightningModule) -> _Pending:
-        return _Pending(pl_module.probe().snapshot())  # type: ignore[operator]
+    def _observe(self, pl_module: LightningModule, is_last: bool = False) -> _Pending:
+        probe: Probe = pl_module.probe().snapshot()  # type: ignore[operator]
+        return _Pending(replace(probe, is_last=True) if is_last else probe)
 
     def _commit(self, trainer: Trainer) -> bool:
         """The pending row is whole. True if it completed a chunk."""
@@ -286,7 +336,8 @@ class Capture(Driver, default=True):
         values = {}
         for name, value in measured.items():
             dims, tensor = self._placed(name, value, batch)
-            values[name] = (dims, tensor.cpu().numpy())
+            # NumPy has no bfloat16
+            values[name] = (dims, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy())
         for name in chunk[0].probe.labels:
             values[name] = ((), np.array([pending.probe.labels[name] for pending in chunk], dtype=_LABEL))
         coords = {
@@ -340,10 +391,35 @@ class Capture(Driver, default=True):
 
     def latest_means(self) -> dict[str, float]:
         """Mean over the batch dimensions of every scalar, at the last measured step."""
-        if self.last is None:
-            return {}
-        batch_dims = self.last.batch_dims
-        return {name: float(statistics(v[-1:], batch_dims)[0][0]) for name, v in self.last.scalars().items()}
+        return {} if self.last is None else _means(self.last)
+
+
+def _means(rows: Rows) -> dict[str, float]:
+    """Mean over the batch dimensions of every scalar, at the last of some rows."""
+    return {name: float(statistics(v[-1:], rows.batch_dims)[0][0]) for name, v in rows.scalars().items()}
+
+
+def _monitored_every(callbacks: Sequence[Callback]) -> list[int]:
+    """How often callbacks that monitor a quantity look at it, in steps; 0 for those that do at the ends of epochs."""
+    monitoring = [callback for callback in callbacks if getattr(callback, "monitor", None) is not None]
+    # private in Lightning, which has no public way to ask
+    return [getattr(callback, "_every_n_train_steps", 0) or 0 for callback in monitoring]
+
+
+def _end_after_this_step(trainer: Trainer) -> None:
+    """Stop the training, whatever it was told of its shortest length."""
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.should_stop = True
+
+
+def _save_last(trainer: Trainer) -> None:
+    """Keep the state after the last row as ``last.ckpt``, where the run keeps one at all."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            trainer.save_checkpoint(Path(callback.dirpath) / name, weights_only=callback.save_weights_only)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

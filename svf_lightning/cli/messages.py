@@ -16,6 +16,8 @@ def quiet_the_libraries() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        "(?s).*Unable to serialize instance.*",  # a default of a callback that is refused or not compared
+        ".*The dirpath has changed from.*",  # a branch, or an evaluation
         # with_preset adds --config to the arguments
         ".*LightningCLI's args parameter is intended to run from within Python.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",

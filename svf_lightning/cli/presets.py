@@ -8,7 +8,8 @@ from pathlib import Path
 from svf_lightning.arguments import CommandLine
 from svf_lightning.cli.messages import suggestion
 from svf_lightning.errors import InputError
-from svf_lightning.run.directory import CONFIG, is_replay, owner_of
+from svf_lightning.run.directory import CONFIG, is_replay
+from svf_lightning.run.lineage import run_of
 
 DEFAULT_PRESET = "single_pair"
 COMMANDS = ("fit", "validate", "test", "replay")
@@ -55,7 +56,9 @@ def with_preset(line: CommandLine) -> list[str]:
         run_dir = Path(given) if given and is_replay(Path(given)) else None
     else:
         checkpoint = line.option("--ckpt_path")
-        run_dir = owner_of(Path(checkpoint)) if checkpoint else None
+        if checkpoint == "last":
+            checkpoint = line.option("--run_dir")
+        run_dir = run_of(checkpoint) if checkpoint else None
     config = run_dir / CONFIG if run_dir else preset_path(_DEFAULT_REPLAY if folder else DEFAULT_PRESET, folder)
     at = list(line.args).index(command) + 1
     return [*line.args[:at], "--config", str(config), *line.args[at:]]

@@ -158,8 +158,9 @@ class SparseAttention(Metric):
         """
         if self.rank == 0:
             raise bad_value("SparseAttention", "no pairs", "at least one update", "add pairs before computing")
+        # contiguous: sums over strided memory add in an order that depends on what else is there
         per_pair: dict[str, Any] = {
-            name: dim_zero_cat(getattr(self, name)).movedim(0, -1) if len(getattr(self, name)) else None
+            name: dim_zero_cat(getattr(self, name)).movedim(0, -1).contiguous() if len(getattr(self, name)) else None
             for name in self.PER_PAIR
         }
         draws = {name: dim_zero_cat(getattr(self, name)).nanmean(0) for name in ("shared_draws", "independent_draws")}

@@ -91,12 +91,16 @@ class Run:
         command: What it does: "fit", "validate", "test" or "replay".
         experiment: What it is about.
         capture: When its metrics look.
+        settings: All its settings, resolved, YAML; checkpoints carry them.
+        rows_from: Training step of the first row that its trajectory has.
     """
 
     directory: Path
     command: str
     experiment: Experiment
     capture: CaptureOptions = CaptureOptions()
+    settings: str = ""
+    rows_from: int = 0
 
 
 @runtime_checkable

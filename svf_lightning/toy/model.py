@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -90,6 +91,7 @@ class ToyAttentionModel(pl.LightningModule):
         self._observed: Tensor | None = None
         self._attended: tuple[Tensor, Tensor] | None = None
         self._loaded_step = 0
+        self._settings_changed = False
         self._held_out: dict[str, InstanceMean] = {}
 
     def _coordinates(self, lambdas: Tensor, strengths: Tensor) -> dict[str, Coordinate]:
@@ -198,16 +200,16 @@ class ToyAttentionModel(pl.LightningModule):
         "offset" with rope.
         """
         step = max(self.global_step, self._loaded_step)
+        W = _measurable(self.W)
         if not self.has_head:
-            return Probe(step, features=self.W, coords=self._coords)
+            return Probe(step, features=W, coords=self._coords)
         queries = keys = None
         if self._observed is not None:
-            tokens = self._observed @ self.W.mT[:, None]
+            tokens = self._observed.to(W) @ W.mT[:, None]
             queries, keys = tokens[:, :, 0], tokens[:, :, 1:]
-        attended = [None, None] if self._attended is None else [f @ self.W.mT for f in self._attended]
-        W_Q: Tensor = self.W_Q
-        W_K: Tensor = self.W_K
-        logits = self.pair_logits
+        attended = [None, None] if self._attended is None else [f.to(W) @ W.mT for f in self._attended]
+        W_Q, W_K = _measurable(self.W_Q), _measurable(self.W_K)
+        logits = self.pair_logits.to(W.dtype)
         batch_dims: tuple[str, ...] = ("instance",)
         if self.n_heads > 1:
             W_Q, W_K = (w.view(len(w), self.n_heads, self.d_head, self.d_model) for w in (W_Q, W_K))
@@ -222,7 +224,7 @@ class ToyAttentionModel(pl.LightningModule):
         return Probe(
             step,
             heads=AttentionHeads(W_Q, W_K),
-            features=self.W,
+            features=W,
             pairs=self.pairs,
             pair_logits=logits,
             queries=queries,
@@ -297,11 +299,52 @@ class ToyAttentionModel(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which training step the weights stand for (``test`` does not restore the trainer's counter)."""
         self._loaded_step = int(checkpoint.get("global_step", 0))
+        if self._settings_changed and checkpoint.get("optimizer_states"):
+            self._use_own_rates(checkpoint)
+
+    def continue_differently(self) -> None:
+        """Go on from a checkpoint with the optimizer's settings of this model, not with those that it was saved with.
+
+        Without this call, a checkpoint brings its learning rate, weight decay and schedule along. The averages of the
+        gradients are kept, if the same parameters are trained.
+        """
+        self._settings_changed = True
+
+    def _use_own_rates(self, checkpoint: dict[str, Any]) -> None:
+        """Put this model's learning rate, weight decay and schedule into the state that a training goes on with."""
+        step = int(checkpoint["global_step"])
+        configured = self.configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        (saved,) = checkpoint["optimizer_states"]
+        groups = optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+            checkpoint["optimizer_states"] = []  # others than before are trained
+            return
+        saved["param_groups"] = groups
+        checkpoint["lr_schedulers"] = []
+        if isinstance(configured, dict):
+            scheduler = configured["lr_scheduler"]["scheduler"]
+            factor = self._schedule_factor(step)
+            for group, base in zip(groups, scheduler.base_lrs, strict=True):
+                group["lr"] = base * factor
+            rates = [group["lr"] for group in groups]
+            progress = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+            checkpoint["lr_schedulers"] = [{**scheduler.state_dict(), **progress}]
+
+    def _schedule_factor(self, step: int) -> float:
+        """What the schedule multiplies the learning rate with at a step, in closed form."""
+        done = min(1.0, step / self.trainer.max_steps)
+        return (1 + math.cos(math.pi * done)) / 2 if self.options.lr_schedule == "cosine" else 1.0 - done
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Losses:
-        """Losses of one draw; ``loss`` is their sum over instances."""
+        """Losses of one draw; ``loss`` is their sum over instances.
+
+        An instance whose loss is not finite ends there: its gradient is NaN, and so are its weights from then on.
+        """
         losses = self.losses(batch)
-        return {"loss": losses["loss/total"].sum(), **losses}
+        total = losses["loss/total"]
+        going_on = torch.where(total.detach().isfinite(), 1.0, torch.nan)
+        return {"loss": (total * going_on).sum(), **losses}
 
     @torch.no_grad()
     def current_losses(self) -> Losses:
@@ -309,7 +352,7 @@ class ToyAttentionModel(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ToyData):
             return {}
-        return self.losses(data.draw(self.trainer.global_step, device=self.device))
+        return self.losses(data.draw(self.trainer.global_step, device=self.device).to(self.W.dtype))
 
     def configure_optimizers(self) -> Any:
         """Adam or AdamW with the schedule, stepped after every update."""
@@ -380,6 +423,11 @@ class ToyAttentionModel(pl.LightningModule):
 
     on_validation_epoch_end = _end_held_out
     on_test_epoch_end = _end_held_out
+
+
+def _measurable(weights: Tensor) -> Tensor:
+    """Weights in a precision that has decompositions: bfloat16 as float32, of which it is a part."""
+    return weights.float() if weights.dtype in (torch.bfloat16, torch.float16) else weights
 
 
 def _normal_heads(seeds: Sequence[int], N: int, D: int, H: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def test_fit_writes_everything_into_one_run_directory_and_prints_it_last(finishe
     assert re.fullmatch(r"runs/single_pair/\d{8}-\d{6}-[0-9a-f]{4}", result.stdout.strip().splitlines()[-1])
     assert [p.name for p in command.folder.iterdir()] == ["runs"]
     names = {p.name for p in run_dir.iterdir()}
-    assert names == {"checkpoints", "config.yaml", "report.html", "summary.json", "trajectory.zarr", "wandb"}
+    assert names == {".lock", "checkpoints", "config.yaml", "report.html", "summary.json", "trajectory.zarr", "wandb"}
     assert "alignment comes before" in result.stdout
     assert "Traceback" not in result.stderr
     assert f"wandb sync runs/single_pair/{run_dir.name}/wandb/offline-run-" in result.stderr
@@ -178,7 +178,7 @@ BAD = {
     "a missing checkpoint": (["--ckpt_path", "nowhere.ckpt"], r"nowhere.ckpt: there is no such file.*Fix"),
     "a corrupt checkpoint": (["--ckpt_path", "corrupt.ckpt"], r"corrupt.ckpt cannot be read.*Fix"),
     "a pickle that is not a checkpoint": (["--ckpt_path", "foreign.ckpt"], r"foreign.ckpt cannot be read.*Fix"),
-    "a checkpoint of other sizes": (["--ckpt_path", "other.ckpt"], r"does not fit the model.*Fix"),
+    "a checkpoint of other sizes": (["--ckpt_path", "other.ckpt"], r"another shape: .*model.n_instances was 2 and is 8 now.*Fix"),
     "a directory that holds a run": (["--run_dir", "taken"], r"run_dir taken already holds a run.*Fix"),
     "a run directory that is a file": (["--run_dir", "unknown.yaml"], r"is a file.*Fix"),
     "accumulated gradients": (["--trainer.accumulate_grad_batches=2"], r"accumulate_grad_batches=2.*batch_size"),

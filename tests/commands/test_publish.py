@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from filelock import FileLock
+from helpers.training import keep_rows
 from helpers.wandb_runs import Logged, live_run, offline_runs, published, table_of
 
 from svf_lightning import cli
@@ -127,7 +128,7 @@ def test_a_second_time_replaces_the_run_and_touches_nothing_else(run_dir):
 def test_a_run_that_was_killed(finished, run_dir):
     live = live_run(finished)
     (run_dir / "summary.json").unlink()
-    TrajectoryStore(run_dir).truncate(before_step=18)
+    keep_rows(run_dir, 18)
     publish(str(run_dir))
     found = published(run_dir)
     assert found.steps == [0, 5, 10, 15, 17, 17]

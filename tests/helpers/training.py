@@ -1,5 +1,7 @@
 """Short trainings of a small toy model."""
 
+import json
+
 import lightning.pytorch as pl
 
 from svf_lightning.toy import ToyAttentionModel, ToyData
@@ -49,3 +51,14 @@ class Weights(pl.Callback):
 
     def on_train_end(self, trainer, module):
         self.on_train_batch_start(trainer, module)
+
+
+def keep_rows(run_dir, n):
+    """Make a run one that was killed: readers see its first n rows."""
+    path = run_dir / "trajectory.zarr" / ".zmetadata"
+    metadata = json.loads(path.read_text())
+    for name, array in metadata["metadata"].items():
+        attributes = metadata["metadata"].get(name.replace(".zarray", ".zattrs"), {})
+        if name.endswith(".zarray") and attributes.get("_ARRAY_DIMENSIONS", [""])[0] == "step":
+            array["shape"][0] = n
+    path.write_text(json.dumps(metadata))
