@@ -79,7 +79,9 @@ def check_options(trainer: Namespace) -> None:
 
 
 def give_way(trainer: Namespace) -> None:
-    """Leave out those callbacks of the presets that contradict what was asked for.
+    """Leave out those callbacks of the presets that contradict what was asked for, and those that are named twice.
+
+    A run that goes on has the callbacks of its config.yaml; who repeats its command adds theirs a second time.
 
     Args:
         trainer: The trainer's settings; they are changed.
@@ -97,7 +99,8 @@ def give_way(trainer: Namespace) -> None:
                 continue
             if options.get("dirpath") is None:  # in the run directory, a run that goes on replaces what it redoes
                 options["enable_version_counter"] = False
-        kept.append(entry)
+        if entry not in kept:
+            kept.append(entry)
     if trainer.callbacks is not None:
         trainer.callbacks = kept
 

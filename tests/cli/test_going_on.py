@@ -251,6 +251,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(forked):
     assert rows(run_dir).equals(whole)
 
 
+def test_the_command_of_a_run_may_be_repeated_to_go_on(forked, run_dir, whole):
+    assert fit(forked, "--trainer.max_steps=45", *SAVE, "--ckpt_path=run").returncode == 0
+    assert same_training(run_dir, whole)
+
+
 def test_missing_rows_are_refused_and_nothing_is_touched(typed, run_dir):
     from helpers.training import keep_rows
 
