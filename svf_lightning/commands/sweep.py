@@ -180,6 +180,7 @@ def _resolved(trials: Sequence[Trial], workers: Workers) -> list[Trial]:
                 ready[trial.id] = replace(trial, config=config)
             else:
                 _record(trial, error)
+                say(f"failed: {trial.name}: {error}")
     return [ready[trial.id] for trial in trials if trial.id in ready]
 
 
