@@ -145,6 +145,7 @@ def _begin(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None:
     # W&B makes this list for every run, which is too slow for hundreds of trials in one environment
     packages = sorted({f"{package.name}=={package.version}" for package in distributions()})
     try:
+        (folder / TRIALS).mkdir(exist_ok=True)
         clear_drafts(folder / TRIALS)
         if (log := folder / _LOG).is_symlink():
             log.unlink()  # what it leads to would be appended to

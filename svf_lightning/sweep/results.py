@@ -112,7 +112,9 @@ class Sweep:
                 "Fix: the file is damaged; sweep FILE --sweep_dir writes it again, and keeps the trials."
             ) from error
         self.name, self.metric = index.name, index.metric
-        trials = (Trial.from_json({"sweep": self.name, **entry.model_dump()}) for entry in index.trials)
+        trials = (
+            Trial.from_json({"sweep": self.name, **entry.model_dump(exclude_unset=True)}) for entry in index.trials
+        )
         self.trials = [replace(trial, run_dir=self.folder / TRIALS / trial.id) for trial in trials]
         self._results: dict[str, TrialResult] = {}
 
@@ -232,10 +234,11 @@ def _read_result(trial: Trial) -> TrialResult:
         summary = Summary.model_validate_json(path.read_bytes())
         if summary.status not in ("finished", "failed"):
             return TrialResult("missing")
+        path = trial.folder / CONFIG
         if other := _other_setting(trial):
             return TrialResult("failed", f"its directory holds another run ({other})")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        return TrialResult("failed", f"its directory is damaged ({first_reason(error)})")
+        return TrialResult("failed", f"its {path.name} is damaged ({first_reason(error)})")
     return TrialResult("done" if summary.status == "finished" else "failed", summary=summary)
 
 
