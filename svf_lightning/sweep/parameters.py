@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 MOST = 100_000  # trials of a sweep, and values of a parameter
 
-Number = int | float
+
+def _representable(number: float) -> float:
+    """A number as it is; a whole one may be too large to count with."""
+    if abs(number) > sys.float_info.max:
+        raise ValueError("a number that is not beyond what a float can hold")
+    return number
+
+
+Number = Annotated[int | float, AfterValidator(_representable)]
 # 2.0 is a whole number in a JSON schema
 Whole = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
-_LARGEST_EXPONENT = math.log(np.finfo(float).max)
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Entry(BaseModel):

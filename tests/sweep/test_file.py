@@ -221,6 +221,10 @@ PARAMETERS = {  # as people post them
     "exponents beyond a float": ({"distribution": "log_uniform", "min": 100, "max": 1_000_000}, "log_uniform_values"),
     "a product beyond a float": ({"distribution": "log_normal", "mu": 700, "sigma": 100}, "finite numbers"),
     "a range beyond a float": ({"min": -1.7e308, "max": 1.7e308}, "finite numbers"),
+    "a number beyond a float": (
+        {"distribution": "q_uniform", "min": 0, "max": 1, "q": 10**400},
+        "what a float can hold",
+    ),
     "probabilities of another length": ({"values": [1, 3], "probabilities": [1.0]}, "as many probabilities as values"),
     "probabilities of another sum": ({"values": [1, 3], "probabilities": [0.9, 0.9]}, "sum to 1, not to 1.8"),
     "a negative probability": ({"values": [1, 3], "probabilities": [-0.5, 1.5]}, "greater than or equal to 0"),
