@@ -15,10 +15,12 @@ from svf_lightning.sweep.results import (
     title,
     write_tables,
 )
-from svf_lightning.terminal import console
+from svf_lightning.terminal import console, say
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_MOST_FAILURES = 10  # that are named at the terminal
 
 
 def report(*folders: str, out: str | None = None, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD) -> Path:
@@ -46,7 +48,13 @@ def report(*folders: str, out: str | None = None, metric: str = RULE_METRIC, bel
         return write_comparison(folders, out or "comparison.html")
     (folder,) = folders
     if is_sweep(Path(folder)):
-        return report_sweep(folder, out=out, metric=metric, below=below)
+        page = report_sweep(folder, out=out, metric=metric, below=below)
+        failures = Sweep(folder).failures()
+        for name, why in failures[:_MOST_FAILURES]:
+            say(f"failed: {name}: {why}")
+        if len(failures) > _MOST_FAILURES:
+            say(f"failed: {len(failures) - _MOST_FAILURES} more, all of them on the page")
+        return page
     from svf_lightning.pages.run import write_run_page
 
     return write_run_page(folder, out)
@@ -83,16 +91,17 @@ def _print(sweep: Sweep, cells: pd.DataFrame, metric: str) -> None:
     """The table of cells, narrow enough for a terminal: without counts that are all zero."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text  # not markup
 
     columns = cells.drop(columns=[name for name in ("failed", "missing") if not cells[name].any()])
     table = Table(
-        title=f"{sweep.name}: {metric} per cell", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        title=Text(f"{sweep.name}: {metric} per cell"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         pad_edge=False,
     )  # fmt: skip
     for name in columns.columns:
-        table.add_column(title(name).replace("_", "_\n"), justify="right", overflow="fold")
+        table.add_column(Text(title(name).replace("_", "_\n")), justify="right", overflow="fold")
     for row in columns.to_dict("records"):
-        table.add_row(*(f"{value:.2g}" if name == "sd" else shown(value) for name, value in row.items()))
+        table.add_row(*(Text(f"{value:.2g}" if name == "sd" else shown(value)) for name, value in row.items()))
     out = console()
     out.print(table)
     out.print(sweep.counts())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import distributions
@@ -16,17 +16,20 @@ from filelock import FileLock, Timeout
 
 from svf_lightning.cli import FitSettings
 from svf_lightning.commands.report import report_sweep
-from svf_lightning.errors import InputError, bad_value, one_line
+from svf_lightning.errors import InputError, bad_value, one_line, reason
 from svf_lightning.files import write_text
 from svf_lightning.run.directory import check_free
-from svf_lightning.sweep.cohort import group_trials
-from svf_lightning.sweep.engines import Outcome, default_memory_bytes, run_local, run_ray, worker_pool
+from svf_lightning.sweep.backlog import Backlog
+from svf_lightning.sweep.cohort import clear_drafts, group_trials
+from svf_lightning.sweep.engines import KILLED, Outcome, Workers, default_memory_bytes, run_local, run_ray
 from svf_lightning.sweep.file import SweepFile, read_sweep
-from svf_lightning.sweep.results import ERROR, INDEX, TRIALS, Sweep
+from svf_lightning.sweep.results import ERROR, TRIALS, Sweep, is_sweep
 from svf_lightning.sweep.trial import Trial
 from svf_lightning.terminal import say
 
 _RUNS = Path("runs/sweeps")
+_LOG = "log.txt"
+_AT_ONCE = 4  # trials whose settings are resolved in one call
 _GB = 1e9
 
 
@@ -69,92 +72,144 @@ def sweep(
         InputError: The file or an option cannot be used.
     """
     for name, value in (("jobs", jobs), ("count", count), ("memory_gb", memory_gb)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise bad_value(name, value, "a number > 0", f"change --{name}")
+    for name, value in (("seed", seed), ("ray_cpus", ray_cpus), ("ray_gpus", ray_gpus)):
+        if not 0 <= value < math.inf:
+            raise bad_value(name, value, "a number >= 0", f"change --{name}")
     read = read_sweep(file)
     trials = read.trials(count=count, seed=seed)
-    folder = Path(sweep_dir) if sweep_dir else _RUNS / read.name
+    folder = Path(sweep_dir) if sweep_dir else _RUNS / read.folder
     if dry_run:
         _print_trials(read, trials)
         return None, 0
-    if not (folder / INDEX).is_file():
-        check_free(folder)
-    lock = _lock(folder)
-    _write_index(read, trials, folder)
-    trials = [replace(trial, run_dir=folder / TRIALS / trial.id) for trial in trials]
-    known = Sweep(folder)
-    left = [trial for trial in trials if known.state(trial) != "done"]
-    say(f"{read.name}: {len(trials)} trials, {len(trials) - len(left)} done before, {len(left)} to run")
-    n_jobs = jobs or os.cpu_count() or 1
-    memory = memory_gb * _GB if memory_gb else default_memory_bytes(n_jobs if engine == "local" else 1)
-    log = folder / "log.txt"
+    with _locked(folder):
+        _begin(read, trials, folder)
+        known = Sweep(folder)
+        left = [trial for trial in known.trials if known.state(trial) != "done"]
+        say(f"{read.name}: {len(trials)} trials, {len(trials) - len(left)} done before, {len(left)} to run")
+        for trial in left:
+            if trial.folder.is_symlink():
+                trial.folder.unlink()  # what it leads to is not the sweep's
+        n_jobs = jobs or os.cpu_count() or 1
+        memory = memory_gb * _GB if memory_gb else default_memory_bytes(n_jobs if engine == "local" else 1)
+        log = folder / _LOG
 
-    def cohorts_of(ready: Sequence[Trial]) -> list[list[Trial]]:
-        return group_trials(ready, memory_bytes=memory, n_workers=n_jobs, merge=cohorts)
+        def cohorts_of(ready: Sequence[Trial]) -> list[list[Trial]]:
+            return group_trials(ready, memory_bytes=memory, n_workers=n_jobs, merge=cohorts)
 
-    try:
-        with worker_pool(min(n_jobs, max(1, len(left)))) as pool:
-            ready = _resolved(left, pool)
-            if engine == "local":
-                _follow(run_local(cohorts_of(ready), pool, jobs=n_jobs, log=log), n_trials=len(ready))
-        if engine == "ray" and ready:
-            running = run_ray(cohorts_of(ready), address=ray_address, cpus=ray_cpus, gpus=ray_gpus, log=log)
-            _follow(running, n_trials=len(ready))
-    finally:  # also after Ctrl-C
-        report_sweep(folder)
-        lock.release()
+        try:
+            with Workers(min(n_jobs, max(1, len(left)))) as workers:
+                ready = _resolved(left, workers)
+                if engine == "local":
+                    _follow(run_local(cohorts_of(ready), workers, log=log), n_trials=len(ready))
+            if engine == "ray" and ready:
+                running = run_ray(cohorts_of(ready), address=ray_address, cpus=ray_cpus, gpus=ray_gpus, log=log)
+                _follow(running, n_trials=len(ready))
+        finally:  # also after Ctrl-C
+            _end(folder)
     after = Sweep(folder)
-    n_failed = sum(after.state(trial) != "done" for trial in trials)
+    n_failed = sum(after.state(trial) != "done" for trial in after.trials)
     return folder, int(n_failed > 0)
 
 
-def _lock(folder: Path) -> FileLock:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of the directory, which would delete what this one trains; a process that ends lets go.
 
     Raises:
-        InputError: A sweep is running there.
+        InputError: A sweep is running there, or it is no place for one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    if not is_sweep(folder):
+        check_free(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout as held:
-        raise bad_value("sweep_dir", folder, "a directory that no sweep runs in", "wait for its end") from held
-    return lock
-
-
-def _resolved(trials: Sequence[Trial], pool: ProcessPoolExecutor) -> list[Trial]:
-    """The trials with their settings; those that cannot be used are recorded as failed."""
-    ready: list[Trial] = []
-    settings = pool.map(_resolve, [trial.args[1:] for trial in trials], chunksize=4)
-    for trial, (config, error) in zip(trials, settings, strict=True):
-        if error is None:
-            ready.append(replace(trial, config=config))
-        else:
-            write_text(trial.folder / ERROR, f"{error}\n")
-    return ready
-
-
-def _resolve(args: Sequence[str]) -> tuple[str, str | None]:
-    """The settings that a trial's arguments stand for, YAML, or one line that says why they cannot be used."""
+        raise bad_value("sweep_dir", str(folder), "a directory that no sweep runs in", "wait for its end") from held
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     try:
-        return _fit_settings().of(args), None
-    except (InputError, ArgumentError) as error:
-        return "", one_line(error)
+        yield
+    finally:
+        lock.release()
+
+
+def _begin(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None:
+    """Make a directory that of the sweep, and remove what processes that were killed have left in it.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    # W&B makes this list for every run, which is too slow for hundreds of trials in one environment
+    packages = sorted({f"{package.name}=={package.version}" for package in distributions()})
+    try:
+        (folder / TRIALS).mkdir(exist_ok=True)
+        clear_drafts(folder / TRIALS)
+        if (log := folder / _LOG).is_symlink():
+            log.unlink()  # what it leads to would be appended to
+        write_text(folder / "sweep.yaml", read.text)
+        write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
+        Sweep.write_index(folder, read.name, read.metric, trials)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _end(folder: Path) -> None:
+    """The page and the tables. Whatever goes wrong with them, the trials are whole."""
+    try:
+        clear_drafts(folder / TRIALS)
+        report_sweep(folder)
+    except Exception as error:
+        say(f"report.html was not written ({one_line(error)}); to try again: python -m svf_lightning report {folder}")
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    allowed, fix = f"a directory that can be written ({reason(error)})", "choose another --sweep_dir"
+    return bad_value("sweep_dir", str(folder), allowed, fix)
+
+
+def _resolved(trials: Sequence[Trial], workers: Workers) -> list[Trial]:
+    """The trials with their settings; those that cannot be used are recorded as failed."""
+    parts = [trials[i : i + _AT_ONCE] for i in range(0, len(trials), _AT_ONCE)]
+    ready: dict[str, Trial] = {}
+    for done in workers.run(_resolve, Backlog(parts, memory=lambda trial: 0.0)):
+        settings = done.result or [("", KILLED)] * len(done.cohort)
+        for trial, (config, error) in zip(done.cohort, settings, strict=True):
+            if error is None:
+                ready[trial.id] = replace(trial, config=config)
+            else:
+                _record(trial, error)
+                say(f"failed: {trial.name}: {error}")
+    return [ready[trial.id] for trial in trials if trial.id in ready]
+
+
+def _resolve(trials: Sequence[Trial]) -> list[tuple[str, str | None]]:
+    """The settings that trials' arguments stand for, YAML, or one line that says why they cannot be used."""
+    settings: list[tuple[str, str | None]] = []
+    for trial in trials:
+        try:
+            settings.append((_fit_settings().of(trial.args[1:]), None))
+        except Exception as error:  # a class of the user's may raise anything
+            settings.append(("", one_line(error)))
+    return settings
+
+
+def _record(trial: Trial, error: str) -> None:
+    """Keep why a trial failed in its directory, if it can be written."""
+    try:
+        if trial.folder.is_symlink() or trial.folder.is_file():
+            trial.folder.unlink()
+        write_text(trial.folder / ERROR, f"{error}\n")
+    except OSError as unwritable:
+        say(f"{trial.folder} cannot be written ({reason(unwritable)})")
 
 
 @cache
 def _fit_settings() -> FitSettings:
     """The parser, once for each process."""
     return FitSettings()
-
-
-def _write_index(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None:
-    write_text(folder / "sweep.yaml", read.text)
-    # W&B makes this list for every run, which is too slow for hundreds of trials in one environment
-    packages = sorted({f"{package.name}=={package.version}" for package in distributions()})
-    write_text(folder / "requirements.txt", "\n".join(packages) + "\n")
-    Sweep.write_index(folder, read.name, read.metric, trials)
 
 
 def _follow(outcomes: Iterator[Outcome], *, n_trials: int) -> None:
@@ -177,7 +232,7 @@ def _follow(outcomes: Iterator[Outcome], *, n_trials: int) -> None:
             if error is None:
                 continue
             for trial in cohort:
-                write_text(trial.folder / ERROR, f"{error}\n")
+                _record(trial, error)
                 progress.console.print(f"failed: {trial.name}: {error}", markup=False, highlight=False)
 
 

@@ -42,8 +42,7 @@ def write_sweep_page(
     n_below = round(float((cells[below_title(below)] * cells["n"]).sum()))
     text = f"{sweep.counts()}. {hold} of {judged} claims hold. {metric} is below {below:g} in {n_below} trials."
     sections = [Section("Verdict", text)]
-    failures = [[trial.name, sweep.error(trial)] for trial in sweep.trials if sweep.state(trial) == "failed"]
-    if failures := [failure for failure in failures if failure[1]]:
+    if failures := sweep.failures():
         titles = ["trial", "why"]
         sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
     if drawn := figures_along_axes(sweep, table, rule=below, metric=metric):

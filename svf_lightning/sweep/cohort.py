@@ -34,6 +34,7 @@ _PER_INSTANCE = (
 )
 # the TrialWriter does the work of these for each trial
 _WRITERS = (TrajectoryWriter, RunSummary, StepProgress, ModelCheckpoint)
+DRAFT = ".draft-"  # how names of what is not a run directory yet begin
 _TRIAL_WRITER = f"{TrialWriter.__module__}.{TrialWriter.__qualname__}"
 
 
@@ -138,11 +139,13 @@ def train(trials: Sequence[Trial]) -> None:
         InputError: A trial's settings cannot be used.
         DivergedError: All trials diverged.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="svf-cohort-"))
+    place = trials[0].folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=DRAFT, dir=place))  # if this process is killed, the sweep removes it
     try:
         settings = [trial.settings() for trial in trials]
         for trial in trials:
-            shutil.rmtree(trial.folder, ignore_errors=True)  # an interrupted or failed attempt left it
+            clear(trial.folder)  # an interrupted or failed attempt left it
         config = scratch / "config.yaml"
         if not can_merge(settings[0]):
             config.write_text(trials[0].config, encoding="utf-8")
@@ -158,6 +161,26 @@ def train(trials: Sequence[Trial]) -> None:
         fit(["--config", str(config), "--run_dir", str(scratch / "run")])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in the place of a run directory; of a link, the link."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def clear_drafts(place: Path) -> None:
+    """Remove what processes that were killed have left beside the run directories."""
+    for path in place.glob(f"{DRAFT}*"):
+        clear(path)
+
+
+def trial_bytes(trial: Trial) -> float:
+    """Memory that a trial takes [bytes], an estimate from above."""
+    settings = trial.settings()
+    return float(instance_bytes(settings) * settings["model"]["n_instances"])
 
 
 def instance_bytes(settings: Settings) -> int:

@@ -10,23 +10,28 @@ import shutil
 import signal
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from svf_lightning.errors import InputError, one_line, reason
-from svf_lightning.sweep.cohort import train
+from svf_lightning.run.directory import SUMMARY
+from svf_lightning.run.summary import read_summary
+from svf_lightning.sweep.backlog import Backlog, Cohort
+from svf_lightning.sweep.cohort import DRAFT, clear, train, trial_bytes
 from svf_lightning.sweep.trial import Trial
 
-Cohort = Sequence[Trial]
 Outcome = tuple[Cohort, str | None]  # a cohort that was tried, and why it failed
+_R = TypeVar("_R")
 
-_BREAKS = 3  # worker processes that may die before the sweep gives up
-_DIED = "its process was killed (out of memory?); a smaller --memory_gb makes smaller cohorts"
+KILLED = "its process was killed (out of memory?)"
+_FAILED_STARTS = 3  # of processes, one after the other, until there is no hope
 
 
 def attempt(trials: Cohort, log: Path | None = None) -> str | None:
@@ -44,66 +49,177 @@ def attempt(trials: Cohort, log: Path | None = None) -> str | None:
     return None
 
 
-@contextmanager
-def worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of this machine, each with its share of the cores; killed if what is done with them fails (Ctrl-C)."""
-    n_threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(n_threads,)
+class Done(NamedTuple, Generic[_R]):
+    """A part of a backlog that a process worked on.
+
+    Args:
+        cohort: Which one.
+        result: What the function returned; None if the process died, and these trials are to blame.
+        killed: Whether it did.
+    """
+
+    cohort: Cohort
+    result: _R | None
+    killed: bool = False
+
+
+class Workers:
+    """Processes of this machine, each with its share of the cores, and a pool of its own.
+
+    So it is known what a process that dies was doing, and the others go on. If what is done with them fails (Ctrl-C),
+    they are killed; if this process is killed, they end.
+
+    Args:
+        n: How many.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._n_threads = max(1, (os.cpu_count() or 1) // n)
+        self._idle = [self._begin() for _ in range(n)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for pool in self._idle:
+            pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in multiprocessing.active_children():
+                process.kill()  # on SIGTERM, Lightning would stop only after this batch
+
+    def _begin(self) -> ProcessPoolExecutor:
+        """A pool of one process, which starts when there is something to do."""
+        return ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(self._n_threads,)
+        )
+
+    def run(
+        self,
+        function: Callable[..., _R],
+        backlog: Backlog,
+        *args: object,
+        before: Callable[[Cohort], None] = lambda cohort: None,
+        has_ended: Callable[[Trial], bool] = lambda trial: False,
+    ) -> Iterator[Done[_R]]:
+        """Call ``function(cohort, *args)`` for everything in a backlog, which may be added to meanwhile.
+
+        Args:
+            function: For another process, so it is picklable.
+            backlog: What to do.
+            args: The same for every call.
+            before: What to do here before it is called.
+            has_ended: True for a trial that was done before its process died.
+
+        Yields:
+            Cohorts as they end.
+
+        Raises:
+            InputError: No process starts.
+        """
+        running: dict[Future[_R], tuple[Cohort, ProcessPoolExecutor, Future[int]]] = {}
+        failed_starts = 0
+        try:
+            while backlog or running:
+                while self._idle and (cohort := backlog.take(running=len(running))) is not None:
+                    before(cohort)
+                    pool, start, future = self._submit(function, cohort, *args)
+                    running[future] = cohort, pool, start
+                n_running = len(running)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cohort, pool, start = running.pop(future)
+                    try:
+                        result = future.result()
+                    except BrokenProcessPool:
+                        pool.shutdown(wait=False)
+                        self._idle.append(self._begin())
+                        if start.exception() is not None:  # it has not even begun
+                            failed_starts += 1
+                            if failed_starts >= _FAILED_STARTS:
+                                raise _no_process() from None
+                            backlog.put_back(cohort)
+                            continue
+                        if ended := [trial for trial in cohort if has_ended(trial)]:
+                            yield Done(ended, None)
+                        left = [trial for trial in cohort if not has_ended(trial)]
+                        if left and backlog.died(left, sure=n_running == 1):
+                            yield Done(left, None, killed=True)
+                    else:
+                        self._idle.append(pool)
+                        failed_starts = 0
+                        yield Done(cohort, result)
+        finally:
+            self._idle += [pool for _, pool, _ in running.values()]  # to be shut down
+
+    def _submit(
+        self, function: Callable[..., _R], *args: object
+    ) -> tuple[ProcessPoolExecutor, Future[int], Future[_R]]:
+        """A pool, a call that ends as soon as its process has started, and the call that matters."""
+        while True:
+            pool = self._idle.pop()
+            try:
+                return pool, pool.submit(os.getpid), pool.submit(function, *args)
+            except BrokenProcessPool:  # it died while it had nothing to do
+                self._idle.append(self._begin())
+
+
+def _no_process() -> InputError:
+    return InputError(
+        f"processes for the trials end as soon as they start, {_FAILED_STARTS} of them. Allowed: enough memory for "
+        "each. Fix: use fewer --jobs."
     )
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()  # on SIGTERM, Lightning would stop only after this batch
-        raise
-    pool.shutdown()
 
 
-def run_local(cohorts: Sequence[Cohort], pool: ProcessPoolExecutor, *, jobs: int, log: Path) -> Iterator[Outcome]:
+def run_local(cohorts: Sequence[Cohort], workers: Workers, *, log: Path) -> Iterator[Outcome]:
     """Train cohorts in processes of this machine.
 
     Args:
         cohorts: What to train.
-        pool: Processes to begin with.
-        jobs: How many processes to start in their place if one of them dies.
+        workers: The processes.
         log: File for what the trainings print.
 
     Yields:
-        Cohorts as they end. One that failed is tried again trial by trial, so that a trial fails alone.
+        Cohorts as they end. One that failed is tried again trial by trial, and one whose process was killed in halves,
+        so that a trial fails alone.
     """
-    waiting, breaks = [list(cohort) for cohort in cohorts], 0
-    with ExitStack() as stack:
-        while waiting:
-            running = {pool.submit(attempt, cohort, log): cohort for cohort in waiting}
-            waiting, broken = [], False
-            for future in as_completed(running):
-                cohort = running[future]
-                try:
-                    error = future.result()
-                except BrokenProcessPool:
-                    broken = True
-                    waiting += [cohort] if len(cohort) == 1 else [cohort[::2], cohort[1::2]]
-                    continue
-                if error is not None and len(cohort) > 1:
-                    waiting += [[trial] for trial in cohort]
-                else:
-                    yield cohort, error
-            breaks += broken
-            if breaks > _BREAKS:
-                for cohort in waiting:
-                    yield cohort, _DIED
-                return
-            if broken:
-                pool = stack.enter_context(worker_pool(min(jobs, len(waiting))))
+    backlog = Backlog(cohorts, memory=trial_bytes)
+    for done in workers.run(attempt, backlog, log, before=_forget, has_ended=_has_ended):
+        if done.killed:
+            yield done.cohort, f"{KILLED}; the other trials went on"
+        elif done.result is None or len(done.cohort) == 1:
+            yield done.cohort, done.result
+        else:
+            if ended := [trial for trial in done.cohort if _has_ended(trial)]:
+                yield ended, None
+            backlog.split([trial for trial in done.cohort if not _has_ended(trial)])
+
+
+def _forget(cohort: Cohort) -> None:
+    """Remove the summaries of former attempts."""
+    for trial in cohort:
+        with suppress(OSError):
+            (trial.folder / SUMMARY).unlink()
+
+
+def _has_ended(trial: Trial) -> bool:
+    with suppress(InputError, OSError):
+        return bool(read_summary(trial.folder))
+    return False
 
 
 def _begin_worker(n_threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles Ctrl-C
+    # a process that outlives its parent would write into what the next sweep trains
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles Ctrl-C
     torch.set_num_threads(n_threads)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_ray(
@@ -138,20 +254,28 @@ def run_ray(
             f"--ray_address={address!r}: no Ray cluster answers there ({reason(unreachable)}). "
             "Fix: check the address, or leave it out to start one on this machine."
         ) from unreachable
-    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_remote)
+    # a task that is lost is begun again by what follows: Ray's own way would try what lacks memory without end
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_remote)
+    backlog, alone = Backlog(cohorts, memory=trial_bytes), set[str]()
+    running: dict[Any, Cohort] = {}
     try:
-        waiting = {task.remote(cohort, max(1, int(cpus))): cohort for cohort in map(list, cohorts)}
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            cohort = waiting.pop(done)
+        while backlog or running:
+            while (cohort := backlog.take(running=0)) is not None:
+                running[task.remote(list(cohort), max(1, int(cpus)))] = cohort
+            (ended,), _ = ray.wait(list(running), num_returns=1)
+            cohort = running.pop(ended)
             try:
-                error, printed, archives = ray.get(done)
+                error, printed, archives = ray.get(ended)
             except ray.exceptions.RayError as lost:
-                error, printed, archives = f"its task was lost ({reason(lost)})", "", {}
+                # a trial alone is tried twice: it may have been its node that died
+                if backlog.died(cohort, sure=cohort[0].id in alone):
+                    yield cohort, f"its task was lost ({reason(lost)})"
+                alone |= {cohort[0].id} if len(cohort) == 1 else set()
+                continue
             with log.open("a", encoding="utf-8") as file:
                 file.write(printed)
             if error is not None and len(cohort) > 1:
-                waiting |= {task.remote([trial], max(1, int(cpus))): [trial] for trial in cohort}
+                backlog.split(cohort)
                 continue
             for trial in cohort:
                 if trial.id in archives:
@@ -187,10 +311,10 @@ def _packed(folder: Path) -> bytes:
 
 def _unpack(packed: bytes, folder: Path) -> None:
     """Replace a run directory by the one that arrived, at once."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    draft = folder.with_name(f"{DRAFT}{os.getpid()}")
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(draft, filter="data")
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     draft.rename(folder)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import yaml
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
 from svf_lightning.arguments import short
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, reason
 from svf_lightning.files import write_json, write_text
 from svf_lightning.quantities import Quantity
-from svf_lightning.run.summary import read_summary
+from svf_lightning.run.directory import CONFIG, SUMMARY
 from svf_lightning.sweep.trial import SEEDS, Trial, as_cell
 
 if TYPE_CHECKING:
@@ -22,8 +24,62 @@ if TYPE_CHECKING:
 
 INDEX, TRIALS, ERROR = "trials.json", "trials", "error.txt"
 RULE_METRIC, RULE_THRESHOLD = "alignment/matched", 0.9
+_SAME_NUMBER = 1e-9  # relative difference
 
 State = Literal["done", "failed", "missing"]
+
+
+class _Metric(BaseModel):
+    label: str = ""
+    unit: str = ""
+    mean: float | None = None
+
+
+class _Claim(BaseModel):
+    holds: bool | None = None
+
+
+class Summary(BaseModel):
+    """What a sweep reads of the summary.json of a trial."""
+
+    status: str
+    seconds: float | None = None
+    metrics: dict[str, _Metric] = Field(default_factory=dict)
+    claims: list[_Claim] = Field(default_factory=list)
+
+
+class _Entry(BaseModel):
+    values: dict[str, JsonValue]
+    varied: list[str]
+    args: list[str]
+    sweep: str = ""
+
+    @model_validator(mode="after")
+    def _has_values(self) -> _Entry:
+        if missing := set(self.varied) - self.values.keys():
+            raise ValueError(f"a value of {missing.pop()}")
+        return self
+
+
+class _Index(BaseModel):
+    name: str
+    metric: str | None = None
+    trials: list[_Entry]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What became of a trial.
+
+    Args:
+        state: Whether it has finished, has failed, or is still to be run.
+        error: Why it failed, or why what is in its directory cannot be used; may be empty.
+        summary: What its summary.json says; None if it has none that can be used.
+    """
+
+    state: State
+    error: str = ""
+    summary: Summary | None = None
 
 
 def is_sweep(folder: Path) -> bool:
@@ -32,7 +88,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 class Sweep:
-    """A sweep's directory.
+    """A sweep's directory. What is known of a trial is read once.
 
     Args:
         folder: The directory that ``sweep`` printed.
@@ -48,11 +104,19 @@ class Sweep:
                 f"{self.folder} holds no sweep. Allowed: a directory that `sweep` printed as its last line. "
                 "Fix: check the path."
             )
-        index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        self.name: str = index["name"]
-        self.metric: str | None = index["metric"]
-        trials = (Trial.from_json({"sweep": self.name, **entry}) for entry in index["trials"])
+        try:
+            index = _Index.model_validate_json((self.folder / INDEX).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.folder / INDEX} cannot be read ({first_reason(error)}). Allowed: what `sweep` wrote. "
+                "Fix: the file is damaged; sweep FILE --sweep_dir writes it again, and keeps the trials."
+            ) from error
+        self.name, self.metric = index.name, index.metric
+        trials = (
+            Trial.from_json({"sweep": self.name, **entry.model_dump(exclude_unset=True)}) for entry in index.trials
+        )
         self.trials = [replace(trial, run_dir=self.folder / TRIALS / trial.id) for trial in trials]
+        self._results: dict[str, TrialResult] = {}
 
     @staticmethod
     def write_index(folder: Path, name: str, metric: str | None, trials: Sequence[Trial]) -> None:
@@ -69,29 +133,35 @@ class Sweep:
         """The parameters that vary, without seeds."""
         return [name for name in self.varied if name not in SEEDS]
 
+    def result(self, trial: Trial) -> TrialResult:
+        """What became of a trial."""
+        if trial.id not in self._results:
+            self._results[trial.id] = _read_result(trial)
+        return self._results[trial.id]
+
     def state(self, trial: Trial) -> State:
         """Whether a trial has finished, has failed, or is still to be run."""
-        status = read_summary(trial.folder).get("status")
-        if status in ("finished", "failed"):
-            return "done" if status == "finished" else "failed"
-        return "failed" if (trial.folder / ERROR).is_file() else "missing"
+        return self.result(trial).state
 
     def error(self, trial: Trial) -> str:
-        """Why a trial failed before it could write a summary; empty if it did not."""
-        path = trial.folder / ERROR
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        """Why a trial failed, or why what is in its directory cannot be used; may be empty."""
+        return self.result(trial).error
 
     def counts(self) -> str:
         """How many trials are in which state, in words."""
         states = [self.state(trial) for trial in self.trials]
         return ", ".join(f"{states.count(state)} {state}" for state in ("done", "failed", "missing"))
 
+    def failures(self) -> list[tuple[str, str]]:
+        """Names of the trials that failed, with the reason where one is known."""
+        return [(trial.name, self.error(trial)) for trial in self.trials if self.error(trial)]
+
     def quantities(self) -> dict[str, Quantity]:
         """Label and unit of the metrics, as the trials' summaries tell them."""
         quantities: dict[str, Quantity] = {}
-        for trial in self.trials:
-            for name, metric in read_summary(trial.folder).get("metrics", {}).items():
-                quantities.setdefault(name, Quantity(name, metric.get("label", ""), unit=metric.get("unit", "")))
+        for summary in (self.result(trial).summary for trial in self.trials):
+            for name, metric in summary.metrics.items() if summary else ():
+                quantities.setdefault(name, Quantity(name, metric.label, unit=metric.unit))
         return quantities
 
     def table(self) -> pd.DataFrame:
@@ -100,9 +170,8 @@ class Sweep:
 
         rows = []
         for trial in self.trials:
-            summary = read_summary(trial.folder)
-            metrics = {name: value["mean"] for name, value in summary.get("metrics", {}).items()}
-            claims = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
+            summary = self.result(trial).summary or Summary(status="")
+            claims = [claim.holds for claim in summary.claims if claim.holds is not None]
             rows.append(
                 {
                     "trial": trial.id,
@@ -110,8 +179,8 @@ class Sweep:
                     "state": self.state(trial),
                     "claims": len(claims),
                     "claims that hold": sum(claims),
-                    "seconds": summary.get("seconds"),
-                    **metrics,
+                    "seconds": summary.seconds,
+                    **{name: metric.mean for name, metric in summary.metrics.items()},
                 }
             )
         return pd.DataFrame(rows)
@@ -152,6 +221,50 @@ class Sweep:
                 }
             )
         return pd.DataFrame(rows)
+
+
+def _read_result(trial: Trial) -> TrialResult:
+    """What is in the directory of a trial. It may be damaged, or not be that of the trial."""
+    path = trial.folder / SUMMARY
+    try:
+        if not path.exists():
+            error = trial.folder / ERROR
+            known = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
+            return TrialResult("failed" if error.is_file() else "missing", known)
+        summary = Summary.model_validate_json(path.read_bytes())
+        if summary.status not in ("finished", "failed"):
+            return TrialResult("missing")
+        path = trial.folder / CONFIG
+        if other := _other_setting(trial):
+            return TrialResult("failed", f"its directory holds another run ({other})")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return TrialResult("failed", f"its {path.name} is damaged ({first_reason(error)})")
+    return TrialResult("done" if summary.status == "finished" else "failed", summary=summary)
+
+
+def _other_setting(trial: Trial) -> str:
+    """A number that a trial varies and that its run was not trained with; empty if there is none."""
+    path = trial.folder / CONFIG
+    settings = replace(trial, config=path.read_text(encoding="utf-8")).settings() if path.is_file() else {}
+    for name in trial.varied:
+        used: Any = settings
+        for part in name.split("."):
+            used = used.get(part) if isinstance(used, dict) else None
+        given = trial.values[name]
+        if not any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in (used, given)) and not math.isclose(
+            used, given, rel_tol=_SAME_NUMBER
+        ):
+            return f"{name}={used}, not {given}"
+    return ""
+
+
+def first_reason(error: Exception) -> str:
+    """What is wrong with a JSON file, as a part of a sentence."""
+    if not isinstance(error, ValidationError):
+        return reason(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def write_tables(sweep: Sweep, cells: pd.DataFrame) -> None:

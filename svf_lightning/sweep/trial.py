@@ -47,7 +47,8 @@ class Trial:
     def id(self) -> str:
         """A name for a directory that tells trials apart, also those of another version of the file."""
         digest = hashlib.sha256(json.dumps(self.args).encode()).hexdigest()[:8]
-        readable = re.sub(r"[^\w.=+-]+", "_", self.label).strip("_")[:80]
+        readable = re.sub(r"[^\w.=+-]+", "_", self.label).strip("_")
+        readable = readable.encode()[:80].decode(errors="ignore")  # a file system counts bytes
         return f"{readable}-{digest}" if readable else digest
 
     @property

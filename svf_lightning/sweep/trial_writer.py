@@ -37,6 +37,15 @@ class _Open(NamedTuple):
     store: TrajectoryStore
     include: list[str] | None  # quantities of its trajectory; None for all
 
+    def check(self) -> None:
+        """Check that the run directory is still there: what is written into a new one would not be whole.
+
+        Raises:
+            FileNotFoundError: It is not.
+        """
+        if not (self.trial.folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{self.trial.folder} was removed while the trial trained")
+
     @property
     def experiment(self) -> Experiment:
         given = self.settings["experiment"]
@@ -76,6 +85,7 @@ class TrialWriter(RowSink):
     def consume(self, rows: Rows) -> None:
         """Append one chunk to every trial's trajectory."""
         for one in self._trials:
+            one.check()
             one.store.append(rows.of_instances(one.instances), one.include)
         scalars = rows.scalars().keys()
         self._rows.append(replace(rows, values={name: rows.values[name] for name in scalars}))
@@ -85,6 +95,8 @@ class TrialWriter(RowSink):
         if status != "finished":
             return
         seconds = time.monotonic() - self._start
+        for one in self._trials:
+            one.check()
         self._save_checkpoints(trainer, pl_module)
         rows = Rows.joined(self._rows)
         for one in self._trials:
