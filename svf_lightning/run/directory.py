@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-import yaml
-
-from svf_lightning.errors import InputError, reason
+from svf_lightning.errors import InputError
+from svf_lightning.files import read_yaml
 from svf_lightning.trajectory import TRAJECTORY
 
 CONFIG = "config.yaml"
@@ -22,6 +22,20 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
+
+_PART = (Mapping, NoneType)
+_SETTINGS = {  # what readers rely on
+    "experiment?": {"name?": (str, NoneType), "tags?": (list, NoneType)},
+    "model?": _PART,
+    "data?": _PART,
+    "capture?": _PART,
+    "trainer?": {
+        "callbacks?": (list, NoneType),
+        "logger?": (Mapping, list, bool, NoneType),
+        "log_every_n_steps?": (int, NoneType),
+        "max_steps?": (int, NoneType),
+    },
+}
 
 
 def new_run_dir(experiment: str, root: Path) -> Path:
@@ -74,20 +88,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings of a run; empty if the directory has none.
 
     Raises:
-        InputError: They cannot be read.
+        DamagedError: They cannot be read, or are no settings.
     """
-    path = run_dir / CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path} cannot be read ({reason(error)}). Fix: the file is damaged; repeat the run."
-        ) from error
-    if not isinstance(config, Mapping):
-        raise InputError(f"{path} holds no settings. Fix: the file is damaged; repeat the run.")
-    return dict(config)
+    return dict(read_yaml(run_dir / CONFIG, _SETTINGS) or {})
 
 
 def versions() -> dict[str, str]:

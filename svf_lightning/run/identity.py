@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
-from svf_lightning.errors import InputError
-from svf_lightning.run.directory import read_config
+from svf_lightning.errors import InputError, damaged
+from svf_lightning.files import Shape, check_shape, read_json
+from svf_lightning.run.directory import CONFIG, read_config
 from svf_lightning.run.settings import Experiment
 from svf_lightning.trajectory import measured_by, trajectory_parts
 
 _METRICS = "metrics"  # of an identity: version and options of each metric callback
+_IDENTITY = {f"{_METRICS}?": {"*": Mapping}}
+_CALLBACKS = [{"class_path": str, "init_args?": (Mapping, NoneType)}]  # in the settings
 
 
 def wandb_name(
@@ -74,10 +78,10 @@ def check_same_identity(path: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         InputError: Something differs.
     """
-    if not path.is_file():
+    before = read_json(path, _IDENTITY)
+    if before is None:
         return
     now = json.loads(json.dumps(identity))
-    before = json.loads(path.read_text(encoding="utf-8"))
     if _METRICS not in before:
         before = _upgraded(before, path.parent, now)
     _check_same(path.parent, before, now)
@@ -96,7 +100,15 @@ def check_same_metrics(run_dir: Path, callbacks: Iterable[object]) -> None:
     for part in trajectory_parts(run_dir):
         before = measured_by(part)
         if before is not None:
+            _check(part, {_METRICS: before}, _IDENTITY)
             _check_same(run_dir, {_METRICS: before}, {_METRICS: metric_identity(callbacks)})
+
+
+def _check(path: Path, value: object, shape: Shape) -> None:
+    try:
+        check_shape(value, shape)
+    except ValueError as error:
+        raise damaged(path, error) from error
 
 
 def _check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -124,6 +136,7 @@ def _upgraded(before: Mapping[str, Any], run_dir: Path, now: Mapping[str, Any]) 
     callbacks = (read_config(run_dir).get("trainer") or {}).get("callbacks")
     metrics = now[_METRICS]
     if callbacks is not None:
+        _check(run_dir / CONFIG, callbacks, _CALLBACKS)
         given = {entry["class_path"].rsplit(".", 1)[-1]: entry.get("init_args") or {} for entry in callbacks}
         metrics = {name: {"version": 1, **given[name]} for name in metrics if name in given}
     kept = {name: value for name, value in before.items() if name != "version"}
