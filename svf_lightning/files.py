@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,14 @@ from svf_lightning.errors import InputError, damaged, reason
 _MOST_NODES = 100_000  # of a YAML file with its aliases written out
 _DEEPEST = 50  # levels of a YAML file
 
-# What a file must hold: a type, several types, {name: shape} with "name?" for what may be missing, [shape] for a list,
-# or {"*": shape} for a mapping of any names
+# What a file must hold: a type, a tuple of shapes that it may have, {name: shape} with "name?" for what may be missing,
+# [shape] for a list, or {"*": shape} for a mapping of any names
 Shape = Any
+_ALL = "the file"
+_NAMES: Mapping[type, str] = {
+    str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "a mapping",
+    Mapping: "a mapping", NoneType: "null",
+}  # fmt: skip
 
 
 @contextmanager
@@ -130,7 +136,7 @@ def _number(literal: str) -> float:
     return float(literal) if math.isfinite(float(literal)) else _no_number(literal)
 
 
-def check_shape(value: Any, shape: Shape, where: str = "the file") -> None:
+def check_shape(value: Any, shape: Shape, where: str = _ALL) -> None:
     """Check what a file holds.
 
     Args:
@@ -141,27 +147,32 @@ def check_shape(value: Any, shape: Shape, where: str = "the file") -> None:
     Raises:
         ValueError: They are something else.
     """
+    if isinstance(shape, tuple):
+        reasons = []
+        for part in shape:
+            try:
+                return check_shape(value, part, where)
+            except ValueError as error:
+                reasons.append(str(error))
+        raise ValueError(" and ".join(reasons))
     if isinstance(shape, dict):
         check_shape(value, Mapping, where)
         if any(not isinstance(name, str) for name in value):
             raise ValueError(f"{where} has a name that is no text")
-        if "*" in shape:
-            shape = dict.fromkeys(value, shape["*"])
-        for name, part in shape.items():
-            known = name.removesuffix("?")
+        parts = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
+        for name, part in parts.items():
+            known = name if "*" in shape else name.removesuffix("?")
             if known in value:
-                check_shape(value[known], part, known if where == "the file" else f"{where}.{known}")
+                check_shape(value[known], part, known if where == _ALL else f"{where}.{known}")
             elif known == name:
                 raise ValueError(f"{where} has no {name}")
     elif isinstance(shape, list):
         check_shape(value, list, where)
         for i, item in enumerate(value):
             check_shape(item, shape[0], f"{where}[{i}]")
-    else:
-        allowed = shape if isinstance(shape, tuple) else (shape,)
-        # True is an int for Python
-        if not isinstance(value, allowed) or (isinstance(value, bool) and not {bool, object} & set(allowed)):
-            raise ValueError(f"{where} is {type(value).__name__}, not {' or '.join(t.__name__ for t in allowed)}")
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):  # True is an int for Python
+        raise ValueError(f"{where} is {_NAMES.get(type(value), type(value).__name__)}, not {_NAMES[shape]}")
+    return None
 
 
 def read_yaml(path: Path, shape: Shape) -> Any:

@@ -33,7 +33,7 @@ def suite(tmp_path_factory):
 @pytest.fixture
 def command(tmp_path):
     folder = tmp_path / "work"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     return Command(folder)
 
 

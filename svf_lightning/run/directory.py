@@ -24,14 +24,15 @@ IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
 
 _PART = (Mapping, NoneType)
+_OBJECT = {"class_path": str, "init_args?": _PART}
 _SETTINGS = {  # what readers rely on
-    "experiment?": {"name?": (str, NoneType), "tags?": (list, NoneType)},
+    "experiment?": {"name?": (str, NoneType), "tags?": ([str], NoneType)},
     "model?": _PART,
     "data?": _PART,
     "capture?": _PART,
     "trainer?": {
-        "callbacks?": (list, NoneType),
-        "logger?": (Mapping, list, bool, NoneType),
+        "callbacks?": ([_OBJECT], _OBJECT, NoneType),
+        "logger?": (_OBJECT, [_OBJECT], bool, NoneType),
         "log_every_n_steps?": (int, NoneType),
         "max_steps?": (int, NoneType),
     },

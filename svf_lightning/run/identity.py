@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 from svf_lightning.errors import InputError, damaged
 from svf_lightning.files import Shape, check_shape, read_json
-from svf_lightning.run.directory import CONFIG, read_config
+from svf_lightning.run.directory import read_config
 from svf_lightning.run.settings import Experiment
 from svf_lightning.trajectory import measured_by, trajectory_parts
 
 _METRICS = "metrics"  # of an identity: version and options of each metric callback
 _IDENTITY = {f"{_METRICS}?": {"*": Mapping}}
-_CALLBACKS = [{"class_path": str, "init_args?": (Mapping, NoneType)}]  # in the settings
 
 
 def wandb_name(
@@ -136,8 +134,8 @@ def _upgraded(before: Mapping[str, Any], run_dir: Path, now: Mapping[str, Any]) 
     callbacks = (read_config(run_dir).get("trainer") or {}).get("callbacks")
     metrics = now[_METRICS]
     if callbacks is not None:
-        _check(run_dir / CONFIG, callbacks, _CALLBACKS)
-        given = {entry["class_path"].rsplit(".", 1)[-1]: entry.get("init_args") or {} for entry in callbacks}
+        entries = callbacks if isinstance(callbacks, list) else [callbacks]
+        given = {entry["class_path"].rsplit(".", 1)[-1]: entry.get("init_args") or {} for entry in entries}
         metrics = {name: {"version": 1, **given[name]} for name in metrics if name in given}
     kept = {name: value for name, value in before.items() if name != "version"}
     return {"measurement": 1, **kept, _METRICS: metrics}
