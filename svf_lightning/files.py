@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import yaml
 from svf_lightning.errors import InputError, damaged, reason
 
 _MOST_NODES = 100_000  # of a YAML file with its aliases written out
+_MOST_BYTES = 10_000_000
 _DEEPEST = 50  # levels of a YAML file
 
 # What a file must hold: a type, a tuple of shapes that it may have, {name: shape} with "name?" for what may be missing,
@@ -46,7 +48,7 @@ def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     draft = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
+        if "\0" in str(path) or (path.exists() and not path.is_file()):
             raise InputError(
                 f"{path} is no file. Allowed: a file, which is replaced, or a new one. Fix: change the path."
             )
@@ -204,6 +206,8 @@ def parse_yaml(path: Path) -> yaml.Node | None:
         ValueError: It is something else, or so deep or so large that nobody meant it.
         OSError: It cannot be read.
     """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -254,3 +258,21 @@ def _check_names(node: yaml.MappingNode) -> None:
         if isinstance(key, yaml.ScalarNode) and key.value in first:
             raise ValueError(f"line {line} says {key.value!r} again, after line {first[key.value]}")
         first[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = line
+
+
+def is_file(path: Path) -> bool:
+    """True for a file; False also for what cannot be the path of one, such as a name that is too long.
+
+    Raises:
+        InputError: Its folder may not be read.
+    """
+    try:
+        return path.is_file()
+    except ValueError:  # a null byte
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise InputError(
+            f"{path} cannot be read ({reason(error)}). Fix: check the path and its permissions."
+        ) from error

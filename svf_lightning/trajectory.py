@@ -159,7 +159,7 @@ def trajectory_parts(run_dir: str | Path) -> list[Path]:
     try:
         parts = [path] if path.suffix == ".zarr" else sorted(path.glob(_PARTS))
         return [part for part in parts if (part / METADATA).is_file()]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise InputError(f"{path} cannot be read ({reason(error)}). Fix: check the path and its owner.") from error
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,8 +20,8 @@ from svf_lightning.arguments import CommandLine
 from svf_lightning.callbacks.base import Driver, ProbeMetric, RowSink, quantities_of
 from svf_lightning.cli.messages import explain, quiet_the_libraries
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
-from svf_lightning.errors import InputError, bad_value, one_line
-from svf_lightning.files import write_text
+from svf_lightning.errors import InputError, bad_value, one_line, reason
+from svf_lightning.files import is_file, write_text
 from svf_lightning.run.checkpoint import read_checkpoint
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG, check_free, is_replay, new_run_dir, owner_of
 from svf_lightning.run.identity import check_same_metrics, metric_identity
@@ -75,16 +75,38 @@ class RunCLI(LightningCLI):
         """Parse, and say in this program's words what cannot be parsed.
 
         Raises:
-            InputError: An unknown option or key, or a value of the wrong type.
+            InputError: An unknown option or key, a value of the wrong type, or one that cannot be resolved.
         """
         try:
             super().parse_arguments(parser, args)
-        except ArgumentError as error:
+        except InputError:
+            raise
+        except Exception as error:  # the parser and OmegaConf raise errors of many types
             named = (name for name, its in self.parser_of.items() if name in args or its is parser)
             command = next(named, next(iter(self.parser_of)))
             known = list(self.parser_of[command].get_defaults(skip_validation=True).keys())
             files = CommandLine(args, COMMANDS).values(*CONFIG_FLAGS)
             raise InputError(explain(one_line(error), command, known, files)) from error
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise bad_value("seed_everything", seed, f"0 to {2**32 - 1}", "change --seed_everything")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data.
+
+        Raises:
+            InputError: They cannot be built with these settings.
+        """
+        try:
+            super().instantiate_classes()
+        except (InputError, MisconfigurationException):
+            raise
+        except Exception as error:  # of any class that the settings name
+            raise InputError(
+                f"the run cannot be set up ({reason(error)}). Allowed: settings that its classes take. "
+                "Fix: change the settings; with SVF_DEBUG=1 you see where it failed."
+            ) from error
 
     # Private in Lightning, and there is no public switch. It would let a checkpoint's settings override the user's.
     def _parse_ckpt_path(self) -> None:
@@ -333,7 +355,7 @@ def _find_checkpoint(given: str | None, subcommand: str) -> Path | None:
             f"{subcommand} needs a checkpoint to look at. Allowed: a .ckpt file that fit wrote. "
             "Fix: add --ckpt_path RUN_DIR/checkpoints/last.ckpt."
         )
-    if not Path(given).is_file():
+    if not is_file(Path(given)):
         raise InputError(
             f"--ckpt_path {given}: there is no such file. Allowed: a .ckpt file that fit wrote "
             "(RUN_DIR/checkpoints/last.ckpt). Fix: check the path."

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +16,7 @@ from svf_lightning.run.directory import read_config
 from svf_lightning.run.settings import Experiment
 from svf_lightning.trajectory import measured_by, trajectory_parts
 
+_LONGEST_ID = 100  # W&B takes a few more
 _METRICS = "metrics"  # of an identity: version and options of each metric callback
 _IDENTITY = {f"{_METRICS}?": {"*": Mapping}}
 
@@ -23,18 +27,24 @@ def wandb_name(
     """What W&B calls a run: arguments of RunLogger.
 
     Args:
-        run_dir: The run directory, whose name is the run's id.
+        run_dir: The run directory, whose name is the run's id (with a checksum in place of what W&B does not take).
         command: What made the run, such as "fit".
         experiment: What it is about.
         sweep: Name of the sweep that it is a trial of, if it is one.
         label: What the sweep calls the trial.
     """
-    run_id = run_dir.absolute().name
+    run_id = _wandb_id(os.path.basename(os.path.abspath(run_dir)))
     if sweep:
         named = {"name": label or run_id, "group": sweep, "job_type": "sweep", "tags": [*experiment.tags, "sweep"]}
     else:
         named = {"name": run_id, "group": experiment.name, "job_type": command, "tags": experiment.tags}
     return {"run_id": run_id, **named}
+
+
+def _wandb_id(name: str) -> str:
+    """The name of a run directory as W&B takes it for an id: as it is, or with a checksum for what it cannot have."""
+    usable = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:_LONGEST_ID].strip("-")
+    return name if usable == name and name else f"{usable}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import numpy as np
 
 from svf_lightning.arguments import short
 from svf_lightning.errors import InputError
-from svf_lightning.files import write_json, write_text
+from svf_lightning.files import is_file, write_json, write_text
 from svf_lightning.quantities import Quantity
 from svf_lightning.run.summary import read_summary
 from svf_lightning.sweep.trial import SEEDS, Trial, as_cell
@@ -28,7 +28,7 @@ State = Literal["done", "failed", "missing"]
 
 def is_sweep(folder: Path) -> bool:
     """True for the directory of a sweep."""
-    return (folder / INDEX).is_file()
+    return is_file(folder / INDEX)
 
 
 class Sweep:
