@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Input that cannot be used. The command line prints it as one line and exits with code 2."""
 
 
+class DamagedError(InputError):
+    """A file of a run is damaged: nothing is shown of it, as the rest would look like the whole."""
+
+
 class CheckpointError(RuntimeError):
     """One checkpoint cannot be had; the others may be fine. One line: which one, and why."""
 
@@ -26,6 +30,11 @@ class DivergedError(ArithmeticError):
 def bad_value(name: str, got: object, allowed: str, fix: str) -> InputError:
     """The error for one unusable value: ``name=got is not usable. Allowed: ... Fix: ...``."""
     return InputError(f"{name}={got!r} is not usable. Allowed: {allowed}. Fix: {fix}.")
+
+
+def damaged(path: Path, error: BaseException) -> DamagedError:
+    """The error for a file of a run that cannot be read."""
+    return DamagedError(f"{path} cannot be read ({reason(error)}). Fix: the file is damaged; repeat the run.")
 
 
 def one_line(error: BaseException) -> str:

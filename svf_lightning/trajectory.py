@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from svf_lightning.errors import InputError
+from svf_lightning.errors import DamagedError, InputError, damaged, reason
 from svf_lightning.files import write_text
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
 from svf_lightning.quantities import ATTRIBUTE, Place, Quantity, as_json, attach, stored_quantities
 from svf_lightning.rows import Column, Rows
+from svf_lightning.zarr_files import METADATA, read_metadata
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 TRAJECTORY = "trajectory.zarr"
 _PARTS = "trajectory*.zarr"  # trajectory.zarr, and trajectory.rank1.zarr ... of further devices
 FORMAT = 1
-_METADATA = ".zmetadata"
 _MEASURED_BY = "measured_by"  # attribute: version and options of each metric callback
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
 _CHUNK_BYTES = 4 << 20
@@ -108,20 +108,30 @@ def open_trajectory(run_dir: str | Path) -> xr.Dataset:
     import xarray as xr
 
     path = Path(run_dir)
-    parts = [path] if path.suffix == ".zarr" else sorted(path.glob(_PARTS))
-    parts = [part for part in parts if (part / _METADATA).is_file()]
+    parts = trajectory_parts(path)
     if not parts:
         missing = path if path.suffix == ".zarr" else path / TRAJECTORY
         raise InputError(
             f"{missing} is not a trajectory. Allowed: a run directory with at least one captured row. "
             "Fix: pass the directory that `fit` or `replay` printed as its last line."
         )
-    datasets = [_open_part(part) for part in parts]
-    dataset = datasets[0] if len(datasets) == 1 else xr.concat(datasets, "step", data_vars="all", join="exact")
-    steps = dataset["step"].values
-    if (np.diff(steps) < 0).any():
-        dataset = dataset.isel(step=np.argsort(steps, kind="stable"))
-    return attach(with_derived(dataset), {**stored_quantities(dataset), **DERIVED_QUANTITIES})
+    opened = [_open_part(part) for part in parts]
+    datasets = [part for part in opened if part.sizes["step"]]
+    if not datasets:
+        raise InputError(
+            f"{parts[0]} holds no row yet. Allowed: a run directory with at least one captured row. "
+            "Fix: wait until the run has captured one, or repeat it if it has ended."
+        )
+    try:
+        dataset = datasets[0] if len(datasets) == 1 else xr.concat(datasets, "step", data_vars="all", join="exact")
+        steps = dataset["step"].values
+        if (np.diff(steps) < 0).any():
+            dataset = dataset.isel(step=np.argsort(steps, kind="stable"))
+        return attach(with_derived(dataset), {**stored_quantities(dataset), **DERIVED_QUANTITIES})
+    except DamagedError:
+        raise
+    except Exception as error:  # parts that do not fit each other, quantities that say what none can be
+        raise damaged(parts[0], error) from error
 
 
 def with_derived(dataset: xr.Dataset) -> xr.Dataset:
@@ -140,28 +150,57 @@ def derived_from(name: str) -> tuple[str, ...]:
 
 
 def trajectory_parts(run_dir: str | Path) -> list[Path]:
-    """Stores of a run directory that hold a row, one for each device that wrote."""
-    return sorted(part for part in Path(run_dir).glob(_PARTS) if (part / _METADATA).is_file())
+    """Stores of a run directory (or the one store that is named), one for each device that wrote.
+
+    Raises:
+        InputError: The directory cannot be read.
+    """
+    path = Path(run_dir)
+    try:
+        parts = [path] if path.suffix == ".zarr" else sorted(path.glob(_PARTS))
+        return [part for part in parts if (part / METADATA).is_file()]
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise InputError(f"{path} cannot be read ({reason(error)}). Fix: check the path and its owner.") from error
 
 
 def has_trajectory(run_dir: str | Path) -> bool:
-    """True once a run directory holds a row, whichever device wrote it."""
-    return bool(trajectory_parts(run_dir))
+    """True once a run directory holds a row, whichever device wrote it.
+
+    Raises:
+        DamagedError: A store cannot be read.
+    """
+    return any(_n_rows(part) for part in trajectory_parts(run_dir))
 
 
 def measured_by(part: Path) -> dict[str, Any] | None:
-    """Version and options of the metrics that measured a store's rows; None if it does not say."""
-    attributes = json.loads((part / _METADATA).read_text(encoding="utf-8"))["metadata"][".zattrs"]
+    """Version and options of the metrics that measured a store's rows; None if it does not say.
+
+    Raises:
+        DamagedError: The store cannot be read.
+    """
+    attributes = read_metadata(part).get(".zattrs", {})
     metrics: dict[str, Any] | None = attributes.get(_MEASURED_BY)
     return metrics
+
+
+def _n_rows(part: Path) -> int:
+    """How many rows of a store are visible."""
+    try:
+        return int(read_metadata(part)["step/.zarray"]["shape"][0])
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise damaged(part, error) from error
 
 
 def _open_part(path: Path) -> xr.Dataset:
     """The rows of one writer, in the order in which they were written."""
     import xarray as xr
 
+    from svf_lightning.zarr_backend import open_group  # imports xarray and zarr
+
+    raw = open_group(path)
     try:
-        raw = xr.open_zarr(path, consolidated=True, chunks=None)
         coords = {name: raw[name] for name in raw.attrs["labels"]}
         columns: dict[str, xr.DataArray] = {}
         for pack, names in raw.attrs["packs"].items():
@@ -170,8 +209,10 @@ def _open_part(path: Path) -> xr.Dataset:
         if ATTRIBUTE in raw.attrs:  # version 0.1.0 wrote none
             attributes[ATTRIBUTE] = raw.attrs[ATTRIBUTE]
         return xr.Dataset(columns, coords={"step": raw["step"].load(), **coords}, attrs=attributes)
-    except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
+    except DamagedError:
+        raise
+    except Exception as error:  # what attributes of another structure raise
+        raise damaged(path, error) from error
 
 
 def _derive(dataset: xr.Dataset, derivation: _Derivation) -> xr.Variable:
@@ -243,7 +284,7 @@ class TrajectoryStore:
     @property
     def exists(self) -> bool:
         """True once a row was written."""
-        return self._group is not None or (self.path / _METADATA).is_file()
+        return self._group is not None or (self.path / METADATA).is_file()
 
     def append(self, rows: Rows, include: Collection[str] | None = None) -> None:
         """Write rows and make them visible together.
@@ -372,7 +413,7 @@ class TrajectoryStore:
                 group = zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
             else:
                 zarr.consolidate_metadata(group.store, zarr_format=2)
-            self._metadata = json.loads((self.path / _METADATA).read_text())
+            self._metadata = json.loads((self.path / METADATA).read_text())
             self._n_rows = self._metadata["metadata"]["step/.zarray"]["shape"][0]
             self._arrays = {name: group[name] for name in (*group.attrs["packs"], "step")}  # type: ignore[misc]
             for array in self._arrays.values():
@@ -385,7 +426,7 @@ class TrajectoryStore:
         """Make exactly the first rows visible."""
         for name in self._arrays:
             self._metadata["metadata"][f"{name}/.zarray"]["shape"][0] = n_rows
-        write_text(self.path / _METADATA, json.dumps(self._metadata))
+        write_text(self.path / METADATA, json.dumps(self._metadata), durable=False)
         self._n_rows = n_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from svf_lightning.files import write_bytes
+from svf_lightning.files import written_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -19,8 +19,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint beside its place, then put it there.
 
         Raises:
-            OSError: It cannot be written.
+            InputError: The disk does not take it.
         """
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_bytes(Path(path), buffer.getvalue())
+        with written_whole(Path(path)) as draft:
+            draft.write_bytes(buffer.getvalue())

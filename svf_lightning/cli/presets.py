@@ -5,9 +5,12 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from yaml import MappingNode
+
 from svf_lightning.arguments import CommandLine
 from svf_lightning.cli.messages import suggestion
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, reason
+from svf_lightning.files import is_file, parse_yaml
 from svf_lightning.run.directory import CONFIG, is_replay
 from svf_lightning.run.lineage import run_of
 
@@ -60,6 +63,7 @@ def with_preset(line: CommandLine) -> list[str]:
             checkpoint = line.option("--run_dir")
         run_dir = run_of(checkpoint) if checkpoint else None
     config = run_dir / CONFIG if run_dir else preset_path(_DEFAULT_REPLAY if folder else DEFAULT_PRESET, folder)
+    _check_settings(config)
     at = list(line.args).index(command) + 1
     return [*line.args[:at], "--config", str(config), *line.args[at:]]
 
@@ -67,7 +71,8 @@ def with_preset(line: CommandLine) -> list[str]:
 def _config_file(given: str, folder: str) -> str:
     """A file as it is; else the preset of that name, so that presets work from any folder."""
     path = Path(given)
-    if path.is_file():
+    if is_file(path):
+        _check_settings(path)
         return given
     known = presets(folder)
     if path.stem in known and path.parts[:-1] in ((), ("configs",), ("configs", folder), (folder,)):
@@ -76,3 +81,22 @@ def _config_file(given: str, folder: str) -> str:
         f"--config {given}: there is no such file. {suggestion(path.stem, known)}"
         f"Allowed: a YAML file, or one of the presets {', '.join(known)}. Fix: check the path."
     )
+
+
+def _check_settings(path: Path) -> None:
+    """Check that a file holds settings, before the parser reads it, which would take more for settings than it should.
+
+    Raises:
+        InputError: It does not.
+    """
+    try:
+        settings = parse_yaml(path)
+        if not isinstance(settings, MappingNode):
+            raise ValueError("it holds no settings")
+        if any(name.value == "config" for name, _ in settings.value):
+            raise ValueError("it names another file with config; a second --config does that")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {path} cannot be read ({reason(error)}). Allowed: a YAML file of options, in UTF-8, with each "
+            "name once. Fix: correct the file."
+        ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from svf_lightning.cli.messages import explain, quiet_the_libraries
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
 from svf_lightning.cli.trainer_options import AtTheStart, check_options, give_way, place_loggers
 from svf_lightning.errors import InputError, bad_value, one_line, reason
-from svf_lightning.files import write_text
+from svf_lightning.files import is_file, write_text
 from svf_lightning.run.checkpoint import has_training_state, read_checkpoint
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG, check_free, is_replay, new_run_dir, read_config
 from svf_lightning.run.identity import check_same_metrics, metric_identity
@@ -96,16 +95,22 @@ class RunCLI(LightningCLI):
         """Parse, and say in this program's words what cannot be parsed.
 
         Raises:
-            InputError: An unknown option or key, or a value of the wrong type.
+            InputError: An unknown option or key, a value of the wrong type, or one that cannot be resolved.
         """
         try:
             super().parse_arguments(parser, args)
-        except ArgumentError as error:
+        except InputError:
+            raise
+        except Exception as error:  # the parser and OmegaConf raise errors of many types
             named = (name for name, its in self.parser_of.items() if name in args or its is parser)
             command = next(named, next(iter(self.parser_of)))
             known = list(self.parser_of[command].get_defaults(skip_validation=True).keys())
             files = CommandLine(args, COMMANDS).values(*CONFIG_FLAGS)
             raise InputError(explain(one_line(error), command, known, files)) from error
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise bad_value("seed_everything", seed, f"0 to {2**32 - 1}", "change --seed_everything")
 
     # Private in Lightning, and there is no public switch. It would let a checkpoint's settings override the user's.
     def _parse_ckpt_path(self) -> None:
@@ -139,8 +144,8 @@ class RunCLI(LightningCLI):
             raise
         except Exception as error:  # what a class of Lightning, of another package or of the user raises
             raise InputError(
-                f"the run cannot be set up ({reason(_root_of(error))}). Allowed: classes that can be made of their "
-                "settings, with the packages that they need. Fix: change the setting, or install the package."
+                f"the run cannot be set up ({reason(_root_of(error))}). Allowed: settings that its classes take, with "
+                "the packages that they need. Fix: change the settings; with SVF_DEBUG=1 you see where it failed."
             ) from error
 
     def after_instantiate_classes(self) -> None:
@@ -379,7 +384,7 @@ class ToyCLI(RunCLI):
         return [callback for callback in callbacks if isinstance(callback, TrajectoryWriter)] if self.step else []
 
     def _again(self) -> str:
-        began = self.subcommand == "fit" and (self.run_dir / CONFIG).is_file()
+        began = self.subcommand == "fit" and is_file(self.run_dir / CONFIG)
         return f"python -m svf_lightning fit --ckpt_path {self.run_dir}" if began else ""
 
     before_fit = before_validate = before_test = _before

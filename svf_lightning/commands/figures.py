@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import DamagedError, InputError, bad_value
 from svf_lightning.files import write_text
 from svf_lightning.terminal import say
 from svf_lightning.trajectory import TRAJECTORY, open_trajectory
@@ -74,6 +74,8 @@ def _chosen(dataset: xr.Dataset, names: tuple[str, ...], x_axis: str | None) -> 
         if not names:
             try:
                 figure.data(dataset)
+            except DamagedError:
+                raise
             except InputError as error:
                 say(f"{name} is left out: {error}")
                 continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import psutil
 
 from svf_lightning.errors import InputError, bad_value, one_line
+from svf_lightning.files import is_file
 from svf_lightning.registry import known
 from svf_lightning.rows import Rows
 from svf_lightning.run.directory import CONFIG, command_of, read_config
@@ -112,7 +113,7 @@ class _Run(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> _Run:
-        if not (path / CONFIG).is_file():
+        if not is_file(path / CONFIG):
             raise bad_value(
                 "run_dir", str(path), f"a directory with {CONFIG} and a trajectory, as `fit` and `replay` make it",
                 "pass the directory that the run printed as its last line",

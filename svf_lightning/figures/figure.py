@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import DamagedError, InputError, bad_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,8 +106,12 @@ def draw_all(dataset: xr.Dataset, *, among: Callable[[Figure], bool] = lambda fi
     for name, figure in FIGURES.items():
         if among(figure) and figure.on_page(dataset):
             log = {"x_axis": "log"} if figure.takes("x_axis") else {}
-            with suppress(InputError):
+            try:
                 drawn[name] = figure(dataset, **log)
+            except DamagedError:
+                raise
+            except InputError:  # the run lacks what it shows
+                continue
     return drawn
 
 

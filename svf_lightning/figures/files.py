@@ -7,6 +7,7 @@ from pathlib import Path
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.errors import InputError, bad_value
+from svf_lightning.files import written_whole
 
 _KINDS = ("png", "svg", "pdf")
 
@@ -37,12 +38,11 @@ def save_image(
         from kaleido.errors import ChromeNotFoundError  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
         raise InputError(f"an image needs kaleido ({error}). Fix: pip install 'kaleido>=1'.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = {"width": width or figure.layout.width or 1000, "height": height or figure.layout.height or 450}
     options = {"format": kind, "scale": scale if kind == "png" else 1, **size}
     try:
-        # mathjax would be loaded from the network
-        kaleido.write_fig_sync(figure, path=str(path), opts=options, kopts={"mathjax": False})
+        with written_whole(path) as draft:  # mathjax would be loaded from the network
+            kaleido.write_fig_sync(figure, path=str(draft), opts=options, kopts={"mathjax": False})
     except ChromeNotFoundError as error:
         raise InputError(
             "an image needs Chrome or Chromium, and none was found. Fix: install it (Debian: apt-get install chromium)."

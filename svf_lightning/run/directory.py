@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-import yaml
-
-from svf_lightning.errors import InputError, reason
+from svf_lightning.errors import InputError, bad_value, reason
+from svf_lightning.files import is_file, read_yaml
 from svf_lightning.trajectory import TRAJECTORY
 
 CONFIG = "config.yaml"
@@ -23,9 +23,30 @@ CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
 
+_PART = (Mapping, NoneType)
+_OBJECT = {"class_path": str, "init_args?": _PART}
+_SETTINGS = {  # what readers rely on
+    "experiment?": {"name?": (str, NoneType), "tags?": ([str], NoneType)},
+    "model?": _PART,
+    "data?": _PART,
+    "capture?": _PART,
+    "trainer?": {
+        "callbacks?": ([_OBJECT], _OBJECT, NoneType),
+        "logger?": (_OBJECT, [_OBJECT], bool, NoneType),
+        "log_every_n_steps?": (int, NoneType),
+        "max_steps?": (int, NoneType),
+    },
+}
+
 
 def new_run_dir(experiment: str, root: Path) -> Path:
-    """A name that no other run has: ``root/<experiment>/<date>-<time>-<4 letters>``. Nothing is created."""
+    """A name that no other run has: ``root/<experiment>/<date>-<time>-<4 letters>``. Nothing is created.
+
+    Raises:
+        InputError: The experiment has no name.
+    """
+    if not experiment:
+        raise bad_value("experiment.name", experiment, "the name of a folder", "set --experiment.name or --run_dir")
     return root / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -35,6 +56,17 @@ def check_free(run_dir: Path) -> None:
     Raises:
         InputError: It holds a run already, it is a file, or it cannot be written.
     """
+    if not str(run_dir).isprintable():  # a command prints it as its last line
+        raise bad_value("run_dir", str(run_dir), "printable characters", "choose another --run_dir")
+    try:
+        os.lstat(run_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # such as a name that is too long
+        raise InputError(
+            f"run_dir {run_dir} cannot be used ({reason(error)}). Allowed: a directory that can be made. "
+            "Fix: choose another --run_dir."
+        ) from error
     if run_dir.is_file():
         raise InputError(f"run_dir {run_dir} is a file. Allowed: a directory. Fix: choose another --run_dir.")
     if run_dir.is_dir() and any((run_dir / name).exists() for name in (CONFIG, SUMMARY, TRAJECTORY)):
@@ -51,7 +83,7 @@ def check_free(run_dir: Path) -> None:
 
 def is_replay(run_dir: Path) -> bool:
     """True for the directory of a replay, which goes on when it is called again."""
-    return (run_dir / IDENTITY).is_file() and (run_dir / CONFIG).is_file()
+    return is_file(run_dir / IDENTITY) and is_file(run_dir / CONFIG)
 
 
 def command_of(run_dir: Path, config: Mapping[str, Any]) -> str:
@@ -67,27 +99,16 @@ def owner_of(checkpoint: Path) -> Path | None:
     """The run directory that a checkpoint belongs to, or None if it lies elsewhere."""
     folder = checkpoint.parent
     run_dir = Path(os.path.relpath(folder.absolute().parent)) if not checkpoint.is_absolute() else folder.parent
-    return run_dir if folder.absolute().name == CHECKPOINTS and (run_dir / CONFIG).is_file() else None
+    return run_dir if folder.absolute().name == CHECKPOINTS and is_file(run_dir / CONFIG) else None
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings of a run; empty if the directory has none.
 
     Raises:
-        InputError: They cannot be read.
+        DamagedError: They cannot be read, or are no settings.
     """
-    path = run_dir / CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path} cannot be read ({reason(error)}). Fix: the file is damaged; repeat the run."
-        ) from error
-    if not isinstance(config, Mapping):
-        raise InputError(f"{path} holds no settings. Fix: the file is damaged; repeat the run.")
-    return dict(config)
+    return dict(read_yaml(run_dir / CONFIG, _SETTINGS) or {})
 
 
 def versions() -> dict[str, str]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, damaged
+from svf_lightning.files import Shape, check_shape, read_json
 from svf_lightning.run.directory import read_config
 from svf_lightning.run.settings import Experiment
 from svf_lightning.trajectory import measured_by, trajectory_parts
 
+_LONGEST_ID = 100  # W&B takes a few more
 _METRICS = "metrics"  # of an identity: version and options of each metric callback
+_IDENTITY = {f"{_METRICS}?": {"*": Mapping}}
 
 
 def wandb_name(
@@ -21,18 +27,24 @@ def wandb_name(
     """What W&B calls a run: arguments of RunLogger.
 
     Args:
-        run_dir: The run directory, whose name is the run's id.
+        run_dir: The run directory, whose name is the run's id (with a checksum in place of what W&B does not take).
         command: What made the run, such as "fit".
         experiment: What it is about.
         sweep: Name of the sweep that it is a trial of, if it is one.
         label: What the sweep calls the trial.
     """
-    run_id = run_dir.absolute().name
+    run_id = _wandb_id(os.path.basename(os.path.abspath(run_dir)))
     if sweep:
         named = {"name": label or run_id, "group": sweep, "job_type": "sweep", "tags": [*experiment.tags, "sweep"]}
     else:
         named = {"name": run_id, "group": experiment.name, "job_type": command, "tags": experiment.tags}
     return {"run_id": run_id, **named}
+
+
+def _wandb_id(name: str) -> str:
+    """The name of a run directory as W&B takes it for an id: as it is, or with a checksum for what it cannot have."""
+    usable = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:_LONGEST_ID].strip("-")
+    return name if usable == name and name else f"{usable}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 @runtime_checkable
@@ -74,10 +86,10 @@ def check_same_identity(path: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         InputError: Something differs.
     """
-    if not path.is_file():
+    before = read_json(path, _IDENTITY)
+    if before is None:
         return
     now = json.loads(json.dumps(identity))
-    before = json.loads(path.read_text(encoding="utf-8"))
     if _METRICS not in before:
         before = _upgraded(before, path.parent, now)
     _check_same(path.parent, before, now)
@@ -96,7 +108,15 @@ def check_same_metrics(run_dir: Path, callbacks: Iterable[object]) -> None:
     for part in trajectory_parts(run_dir):
         before = measured_by(part)
         if before is not None:
+            _check(part, {_METRICS: before}, _IDENTITY)
             _check_same(run_dir, {_METRICS: before}, {_METRICS: metric_identity(callbacks)})
+
+
+def _check(path: Path, value: object, shape: Shape) -> None:
+    try:
+        check_shape(value, shape)
+    except ValueError as error:
+        raise damaged(path, error) from error
 
 
 def _check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -124,7 +144,8 @@ def _upgraded(before: Mapping[str, Any], run_dir: Path, now: Mapping[str, Any]) 
     callbacks = (read_config(run_dir).get("trainer") or {}).get("callbacks")
     metrics = now[_METRICS]
     if callbacks is not None:
-        given = {entry["class_path"].rsplit(".", 1)[-1]: entry.get("init_args") or {} for entry in callbacks}
+        entries = callbacks if isinstance(callbacks, list) else [callbacks]
+        given = {entry["class_path"].rsplit(".", 1)[-1]: entry.get("init_args") or {} for entry in entries}
         metrics = {name: {"version": 1, **given[name]} for name in metrics if name in given}
     kept = {name: value for name, value in before.items() if name != "version"}
     return {"measurement": 1, **kept, _METRICS: metrics}

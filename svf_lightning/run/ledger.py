@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from svf_lightning.errors import InputError
-from svf_lightning.files import write_json
+from svf_lightning.errors import InputError, reason
+from svf_lightning.files import read_json, write_json
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
 
@@ -24,6 +23,15 @@ class HasStep(Protocol):
 _Ref = TypeVar("_Ref", bound=HasStep)
 _FOLDER = "ledger"
 _OLD_FOLDER = "checkpoints"  # of version 0.1.0
+_ENTRY = {
+    "step": int,
+    "name": str,
+    "status": str,
+    "error?": str,
+    "revision?": str,
+    "weight_hash?": str,
+    "seconds?": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,12 @@ class Ledger:
         latest: dict[int, Entry] = {}
         for path in (*(self.run_dir / _OLD_FOLDER).glob("step*.json"), *self.folder.glob("step*.json")):
             try:
-                entry = Entry(**json.loads(path.read_text(encoding="utf-8")))
+                entry = Entry(**read_json(path, _ENTRY))
                 latest[entry.step] = entry
-            except (OSError, ValueError, TypeError) as error:
+            except (InputError, TypeError) as error:
                 raise InputError(
-                    f"{path} cannot be read ({error}). Fix: delete it; its checkpoint is repeated."
+                    f"{path} cannot be read ({reason(error.__cause__ or error)}). "
+                    "Fix: delete it; its checkpoint is repeated."
                 ) from error
         return [latest[step] for step in sorted(latest)]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from svf_lightning.arguments import dotted
 from svf_lightning.errors import InputError
-from svf_lightning.files import write_json
+from svf_lightning.files import is_file, write_json
 from svf_lightning.run.checkpoint import read_checkpoint
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG, REPORT, SUMMARY, owner_of
 
@@ -92,11 +92,11 @@ class Parent:
 def run_of(given: str) -> Path | None:
     """The run that a --ckpt_path names: a run directory, its folder of checkpoints, or a checkpoint in it."""
     path = Path(given)
-    if path.is_dir():
-        folder = path.absolute()
-        if (path / CONFIG).is_file():
-            return path
-        return path.parent if folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() else None
+    if is_file(path / CONFIG):
+        return path
+    folder = path.absolute()
+    if folder.name == CHECKPOINTS and is_file(folder.parent / CONFIG):
+        return path.parent
     return owner_of(path)
 
 
@@ -122,7 +122,7 @@ def find_checkpoint(given: str | None, run_dir: str | None, command: str) -> tup
             f"{command} needs a checkpoint to look at. Allowed: a .ckpt file that fit wrote, or a run directory. "
             "Fix: add --ckpt_path RUN_DIR/checkpoints/last.ckpt."
         )
-    if given in _KEYWORDS and not Path(given).exists():
+    if given in _KEYWORDS:
         if given != "last" or run_dir is None:
             raise InputError(
                 f"--ckpt_path {given} does not say of which run. Allowed: a run directory, or a .ckpt file in it. "
@@ -130,7 +130,7 @@ def find_checkpoint(given: str | None, run_dir: str | None, command: str) -> tup
             )
         given = run_dir
     path = Path(given)
-    if path.is_dir():
+    if not is_file(path) and os.path.isdir(path):
         run = run_of(given)
         if run is None:
             raise InputError(
@@ -141,7 +141,7 @@ def find_checkpoint(given: str | None, run_dir: str | None, command: str) -> tup
         if checkpoint is None and command != "fit":
             raise InputError(f"{run} holds no checkpoint yet. Fix: go on with it first: fit --ckpt_path {run}.")
         return checkpoint, run
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"--ckpt_path {given}: there is no such file. Allowed: a .ckpt file that fit wrote "
             "(RUN_DIR/checkpoints/last.ckpt), or a run directory. Fix: check the path."

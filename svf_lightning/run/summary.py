@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from svf_lightning.errors import InputError
-from svf_lightning.files import write_json
+from svf_lightning.files import read_json, write_json
 from svf_lightning.metrics import time_of_change
 from svf_lightning.quantities import Place, Quantity
 from svf_lightning.rows import Rows, scalar_variables, statistics
@@ -22,6 +21,30 @@ from svf_lightning.run.settings import Experiment
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+_NUMBER = (int, float)
+_MAYBE = (int, float, NoneType)  # null: not a number
+_CLAIM = {
+    "claim": str,
+    "figure": str,
+    "measured": _MAYBE,
+    "threshold?": _MAYBE,
+    "holds": (bool, NoneType),
+    "rule?": str,
+    "needed": str,
+}
+_METRIC = {"label?": str, "unit?": str, "mean": _MAYBE, "min": _MAYBE, "max": _MAYBE, "per_instance": [_MAYBE]}
+_SUMMARY = {  # what readers rely on
+    "experiment?": str,
+    "status": str,
+    "steps": int,
+    "seconds": _NUMBER,
+    "versions?": {"*": str},
+    "over?": str,
+    "metrics": {"*": _METRIC},
+    "claims": [_CLAIM],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +136,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """The summary.json of a run; empty for a run that has none, as it goes on or was killed.
 
     Raises:
-        InputError: It cannot be read.
+        DamagedError: It cannot be read, or is no summary.
     """
-    path = run_dir / SUMMARY
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
+    return dict(read_json(run_dir / SUMMARY, _SUMMARY) or {})
 
 
 def ends(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validat
 
 from svf_lightning.arguments import short
 from svf_lightning.errors import InputError, reason
-from svf_lightning.files import write_json, write_text
+from svf_lightning.files import is_file, write_json, write_text
 from svf_lightning.quantities import Quantity
 from svf_lightning.run.directory import CONFIG, SUMMARY
 from svf_lightning.sweep.trial import SEEDS, Trial, as_cell
@@ -84,7 +84,7 @@ class TrialResult:
 
 def is_sweep(folder: Path) -> bool:
     """True for the directory of a sweep."""
-    return (folder / INDEX).is_file()
+    return is_file(folder / INDEX)
 
 
 class Sweep:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import bad_value
-from svf_lightning.toy.instances import PerInstance, at_least, instance_seeds, per_instance
+from svf_lightning.toy.instances import PerInstance, at_least, check_memory, instance_seeds, per_instance
 
 # numbers of the streams of draws, part of the generator's key
 _TRAIN, _VALIDATE, _TEST, _OBSERVE = 0, 1, 2, 3
@@ -67,6 +67,8 @@ class ToyData(pl.LightningDataModule):
         self.batch_size = at_least("batch_size", batch_size, 1, key="data.batch_size")
         self.context_length = at_least("context_length", context_length, 0, key="data.context_length")
         self.held_out_batches = at_least("held_out_batches", held_out_batches, 1, key="data.held_out_batches")
+        n_activations = self.batch_size * (1 + self.context_length) * self.n_features
+        check_memory("a batch", 4 * n_activations, "--data.batch_size, --data.context_length or --model.n_features")
         self.feature_probability = per_instance(
             "feature_probability", feature_probability, n_instances, low=0, high=1, open_low=True,
             key="data.feature_probability",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from svf_lightning.errors import InputError, bad_value
 
 PerInstance = float | list[float]
+_LARGEST_SIZE = 2**31 - 1
 
 
 def per_instance(
@@ -67,17 +69,37 @@ def instance_seeds(seed: int | Sequence[int], n_instances: int, *, key: str) -> 
             f"{key} has {len(seeds)} seeds for {n_instances} instances. Allowed: one integer, or one per instance. "
             f"Fix: set --model.n_instances={len(seeds)}, or give --{key} one integer."
         )
-    if min(seeds) < 0:
-        raise bad_value(key, min(seeds), "integers >= 0", f"change --{key}")
+    for unusable in (one for one in seeds if not 0 <= one < 2**63):
+        raise bad_value(key, unusable, "integers >= 0 and < 2^63", f"change --{key}")
     return seeds
 
 
 def at_least(name: str, value: int, low: int, *, key: str) -> int:
-    """The value, if it is at least ``low``.
+    """The value, if it is at least ``low``, and a size that something can have.
 
     Raises:
-        InputError: It is smaller.
+        InputError: It is not.
     """
-    if value < low:
-        raise bad_value(name, value, f"an integer >= {low}", f"change --{key}")
+    if not low <= value <= _LARGEST_SIZE:
+        most = "" if value < low else f" and <= {_LARGEST_SIZE:,}"
+        raise bad_value(name, value, f"an integer >= {low}{most}", f"change --{key}")
     return value
+
+
+def check_memory(what: str, n_bytes: int, sizes: str) -> None:
+    """Check that something fits into the memory that is free.
+
+    Args:
+        what: What the error calls it.
+        n_bytes: What it takes at least.
+        sizes: The options that it follows from.
+
+    Raises:
+        InputError: It does not fit.
+    """
+    free = psutil.virtual_memory().available
+    if n_bytes > free:
+        raise InputError(
+            f"{what} would take {n_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free. "
+            f"Allowed: what fits. Fix: lower {sizes}."
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from svf_lightning.errors import bad_value
-from svf_lightning.toy.instances import PerInstance, at_least, per_instance
+from svf_lightning.toy.instances import PerInstance, at_least, check_memory, per_instance
 from svf_lightning.toy.template import TemplateName, TemplatePairs
 
 Freeze = Literal["none", "features", "head"]
@@ -177,6 +177,9 @@ class ToyOptions(ObservationOptions, OptimizationOptions, TargetOptions, HeadOpt
         at_least("context_length", self.context_length, 0, key="data.context_length")
         at_least("d_model", self.D, 1, key="model.d_model")
         at_least("d_head", self.H, 1, key="model.d_head")
+        n_weights = self.n_instances * self.D * (self.n_features + 2 * self.n_heads * self.H)
+        # they are drawn in float64; trained are weights, gradients and two moments in float32
+        check_memory("the model", 16 * n_weights, "--model.n_instances, --model.n_features, --model.d_model or d_head")
         if self.rope and self.H % 2:
             raise bad_value("d_head", self.H, "an even number with rope", "change --model.d_head")
         has_head = self.template not in ("zero", [])

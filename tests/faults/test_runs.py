@@ -6,12 +6,11 @@ import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.command_line import ForkedCommand, run_dir_of
+from helpers.command_line import ForkedCommand
 
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
