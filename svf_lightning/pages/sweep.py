@@ -47,7 +47,7 @@ def write_sweep_page(
         titles = ["trial", "why"]
         sections.append(Section("Failed", tables=[Table(titles, failures, frozenset(titles))]))
     if drawn := figures_along_axes(sweep, table, rule=below, metric=metric):
-        text = "Final values along each parameter. Dots: trials. Where the line is flat, the setting does not matter."
+        text = "Final values along each parameter. Dots: trials."
         sections.append(Section("Axes (Appendix A)", text, list(drawn.values())))
     about = f"Trials that differ in the seed alone: mean, standard deviation and smallest {metric}, and the share"
     rows = [[shown(value) for value in row] for row in cells.itertuples(index=False)]
