@@ -26,14 +26,14 @@ BUILT_IN: dict[str, Quantity] = {**quantities_of([metric() for metric in METRICS
 def known(trajectory: xr.Dataset) -> dict[str, Quantity]:
     """What is known of the quantities in a trajectory: what it says itself, else what this package says of the name.
 
-    The levels of this package's own quantities are added to trajectories that know of none, as earlier versions wrote
-    them.
+    Trajectories that earlier versions wrote know of no levels; those of this package's own quantities are added, with
+    what is said of their changes.
     """
     stored = stored_quantities(trajectory)
     for name, quantity in stored.items():
         ours = BUILT_IN.get(name)
         if ours is not None and quantity.level is None and quantity.provider == ours.provider:
-            stored[name] = replace(quantity, level=ours.level)
+            stored[name] = replace(quantity, level=ours.level, change=ours.change)
     return stored | {name: quantity for name, quantity in BUILT_IN.items() if name not in stored}
 
 

@@ -39,7 +39,7 @@ class FeatureOrthogonality(ProbeMetric):
             needs="a template that leaves features over",
             places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP, level="orthogonal",
             change=Quantity(
-                "dynamics/t_ortho", "attended features are orthogonal to the rest",
+                "dynamics/t_ortho", "attended features turn orthogonal to the rest",
                 "Step from which orthogonality/attended_vs_rest has covered 90 % of its way, and stays there; null "
                 "where they did not turn orthogonal.",
                 symbol="t_ortho", unit="steps", low=0, source="Fig. 3; method, section 3",

@@ -77,7 +77,7 @@ class SVDAlignment(ProbeMetric):
             **_COSINE, better="higher", source="Figs. 2a, 3; method, section 2", panel=COSINES, colour="blue",
             places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP, level="aligned",
             change=Quantity(
-                "dynamics/t_align", "singular vectors are aligned",
+                "dynamics/t_align", "singular vectors come to align",
                 "Step from which the alignment has covered 90 % of its way, and stays there; null where they did not "
                 "align.",
                 symbol="t_align", unit="steps", low=0, source="Fig. 3; method, section 3",

@@ -223,8 +223,8 @@ head_shares = figure(
     draw_head_shares,
     description="How several heads share the pairs",
     paper="appendix",
-    see="A column with one bright cell is a pair that a single head has. Right: how well pairs align with the best of "
-    "the heads, and with the sum of all.",
+    see="A column with one bright cell is a pair that a single head has. Right: how close pairs are to singular "
+    "vectors of the best of the heads, and to those of the sum of all.",
 )
 by_offset = figure(
     "by_offset",

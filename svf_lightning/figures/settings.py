@@ -400,13 +400,16 @@ def prepare_along_axis(
     for row in done.to_dict("records"):
         settings = [f"{short(name)} {row[name]}" for name in (axis, *others)]
         dots.append(as_text(", ".join([*settings, f"trial {row['trial']}"])))
+    final = np.stack([require_finite(name, done[name].to_numpy(float)) for name in names])
     has_means = "seed" not in axis  # no line: the order of seeds has no meaning
     parts = [count_of(len(done), "trial"), "dots: trials; line: their mean" if has_means else "dots: trials"]
+    if without := int((~np.isfinite(final)).any(0).sum()):
+        parts.append(f"no number in {without}")
     parts += [f"over {', '.join(map(short, others))} and seeds"] if others else []
     return FinalValues(
         metric=np.array(names),
         x=np.array(values, dtype=float),
-        y=np.stack([require_finite(name, done[name].to_numpy(float)) for name in names]),
+        y=final,
         quantities=[for_plotly(quantities.get(name) or Quantity(name)) for name in names],
         dots=dots,
         labels=labels,

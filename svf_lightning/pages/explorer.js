@@ -67,8 +67,10 @@
   const place = () => data.places[Number(picker ? picker.value : 0)];
   const show = () => {
     const frame = Number(slider.value), step = data.steps[frame];
+    let hasNumbers = false;
     data.cells.forEach((cell, i) => {
       const values = matrix(place().cells[i], frame, shape(cell)), id = "explorer-" + i;
+      hasNumbers ||= values.some((row) => row.some((value) => value !== null));
       if (cell.kind === "heat") Plotly.restyle(id, {z: [values]});
       else if (cell.kind === "bars") Plotly.restyle(id, {y: [values[0]]});
       else {
@@ -77,7 +79,8 @@
       }
     });
     const past = place().moments.filter(([at]) => at <= step).map(([, words]) => words);
-    const text = `step ${step.toLocaleString("en")}` + (past.length ? `: ${past.join("; ")}` : "");
+    const told = hasNumbers ? past : [...past, "no number was measured"];
+    const text = `step ${step.toLocaleString("en")}` + (told.length ? `: ${told.join("; ")}` : "");
     now.textContent = text;
     slider.setAttribute("aria-valuetext", text);
   };

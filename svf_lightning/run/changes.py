@@ -58,7 +58,7 @@ class Change:
 
     @property
     def title(self) -> str:
-        """Its title and symbol: "singular vectors are aligned (t_align)"."""
+        """Its title and symbol: "singular vectors come to align (t_align)"."""
         symbol = self.quantity.symbol
         return f"{self.quantity.title} ({symbol})" if symbol else self.quantity.title
 
