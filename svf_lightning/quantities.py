@@ -127,6 +127,8 @@ class Quantity:
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip("/ ") or "\n" in self.name:
             raise bad_value("name", self.name, 'a name such as "norm/mean"', "rename the quantity")
+        if any(not dim or "/" in dim or "\n" in dim for dim in self.dims):
+            raise bad_value("dims", self.dims, 'names without a slash, such as "feature"', f"change {self.name!r}")
         if isinstance(self.level, str) and self.level not in LEVELS:
             raise bad_value("level", self.level, f"a number or one of {', '.join(LEVELS)}", f"change {self.name!r}")
         if self.level is not None and self.better is None:

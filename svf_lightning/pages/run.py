@@ -43,7 +43,7 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     run_dir = Path(run_dir)
     dataset = open_trajectory(run_dir)
     summary, config = read_summary(run_dir), read_config(run_dir)
-    experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
+    experiment = summary.get("experiment") or (config.get("experiment") or {}).get("name") or run_dir.parent.name
     command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
     drawn = draw_all(dataset)
     sections = [_verdict(summary, dataset, config, command)]
@@ -98,10 +98,12 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
     text = f"The run has not ended, or was killed: {last:,} is the last step that it stored."
     tables = []
     if summary:
-        judged = [claim["holds"] for claim in summary["claims"] if claim["holds"] is not None]
+        judged = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
         hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
-        end = f"The run {_ENDED[summary['status']]} at step {summary['steps']:,}, after {summary['seconds']:,.0f} s."
-        text, tables = f"{hold}. {end}", _claims(summary)
+        after = f", after {summary['seconds']:,.0f} s" if "seconds" in summary else ""
+        ended = _ENDED[summary["status"]] if "status" in summary else "ended"
+        text = f"{hold}. The run {ended} at step {summary.get('steps', last):,}{after}."
+        tables = _claims(summary)
     text = joined([text, _diverged(dataset), "The command below repeats it."])
     settings = [
         [f"{part}.{name}", json.dumps(value)]
@@ -130,7 +132,7 @@ def _diverged(dataset: xr.Dataset) -> Sentence | None:
 
 def _claims(summary: Mapping[str, Any]) -> list[Table]:
     rows = []
-    for claim in summary["claims"]:
+    for claim in summary.get("claims", []):
         holds, measured = in_words(claim)
         needed = claim["needed"].replace(", open question", "")
         rows.append([holds, claim["claim"], measured, needed, claim["figure"]])

@@ -22,6 +22,7 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
+_PARTS = ("experiment", "model", "data", "trainer", "capture")  # groups of settings
 
 
 def new_run_dir(experiment: str, root: Path) -> Path:
@@ -87,6 +88,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, Mapping):
         raise InputError(f"{path} holds no settings. Fix: the file is damaged; repeat the run.")
+    for part in _PARTS:
+        if not isinstance(config.get(part) or {}, Mapping):
+            raise InputError(
+                f"{path} holds {part}={config[part]!r}, which is no group of settings. Fix: the file is damaged; "
+                "repeat the run."
+            )
     return dict(config)
 
 

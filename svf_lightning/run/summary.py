@@ -20,6 +20,16 @@ from svf_lightning.run.claims import Verdict, judge
 from svf_lightning.run.directory import SUMMARY, versions
 from svf_lightning.run.settings import Experiment
 
+STATUSES = ("finished", "interrupted", "failed")
+_PARTS: dict[str, tuple[type, ...]] = {  # of a summary.json
+    "experiment": (str,), "status": (str,), "steps": (int,), "seconds": (int, float), "versions": (dict,),
+    "over": (str,), "metrics": (dict,), "claims": (list,),
+}  # fmt: skip
+_PARTS_OF_CLAIM: dict[str, tuple[type, ...]] = {
+    "claim": (str,), "figure": (str,), "measured": (int, float, type(None)), "holds": (bool, type(None)),
+    "needed": (str,),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -127,9 +137,32 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}). Fix: the file is damaged; repeat the run.") from error
+    if wrong := _what_is_wrong(summary):
+        raise InputError(f"{path} holds {wrong}. Fix: the file is damaged; repeat the run.")
+    return dict(summary)
+
+
+def _what_is_wrong(summary: Any) -> str:
+    """What a summary has that no run writes; empty for one that is whole. Parts that are missing are not wrong."""
+    if not isinstance(summary, Mapping):
+        return "no summary"
+    for name, kinds in _PARTS.items():
+        if name in summary and not isinstance(summary[name], kinds):
+            return f"{name}={summary[name]!r}, which is no {' or '.join(kind.__name__ for kind in kinds)}"
+    if summary.get("status", "finished") not in STATUSES:
+        return f"status={summary['status']!r}, which is none of {', '.join(STATUSES)}"
+    for claim in summary.get("claims", []):
+        if not isinstance(claim, Mapping) or any(
+            name not in claim or not isinstance(claim[name], kinds) for name, kinds in _PARTS_OF_CLAIM.items()
+        ):
+            return f"a claim that is none: {claim!r}"
+    for name, metric in summary.get("metrics", {}).items():
+        if not isinstance(metric, Mapping) or not isinstance(metric.get("mean"), (int, float, type(None))):
+            return f"a metric {name!r} that is none: {metric!r}"
+    return ""
 
 
 def ends(

@@ -66,5 +66,10 @@ def strings(value):
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return [text for key, v in value.items() if key not in ("templates", "values", "bdata") for text in strings(v)]
+        return [
+            text
+            for key, v in value.items()
+            if key not in ("templates", "values", "bdata", "legendgroup")
+            for text in strings(v)
+        ]
     return [text for v in value for text in strings(v)] if isinstance(value, list) else []
