@@ -32,6 +32,11 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if is_long or value == 0 else f"{value:.3g}"
 
 
+def capital(words: str) -> str:
+    """Words with a capital at their beginning, as that of a sentence."""
+    return words[:1].upper() + words[1:]
+
+
 def from_to(what: str, steps: np.ndarray, values: np.ndarray, *, name: str) -> Sentence | None:
     """Between which values a curve goes, and when: "what: 0.41 at step 0, 0.08 at step 2,000".
 

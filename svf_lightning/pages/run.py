@@ -75,7 +75,7 @@ def _of_slider(data: Mapping[str, Any]) -> str:
         sentences.append("An attended feature is aligned when one singular vector points along it alone.")
     if data["attended"]:
         bold = " (bold)" if data["is_named"] else ""
-        sentences.append(f"Attended features{bold} are orthogonal to the others where their products are pale.")
+        sentences.append(f"Attended features{bold} are orthogonal to the others where their products are grey.")
     return " ".join(sentences)
 
 

@@ -14,7 +14,7 @@ from svf_lightning.metrics import has_happened, time_of_change
 from svf_lightning.metrics.dynamics import Sizes
 from svf_lightning.quantities import Quantity
 from svf_lightning.rows import scalar_variables
-from svf_lightning.sentences import Sentence, number
+from svf_lightning.sentences import Sentence, capital, number
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -75,14 +75,14 @@ class Change:
         words, evidence = self._ends(slice(None))
         evidence = {"happened": k, "n": n, "step": self.median, **evidence}
         when = f" at step {number(self.median)}" + (" (median)" if k > 1 else "") if k else ""
-        return Sentence(f"{self.title}: {self.counted()}{when}; {words}.", evidence, k > 0)
+        return Sentence(f"{capital(self.title)}: {self.counted()}{when}; {words}.", evidence, k > 0)
 
     def sentence_of(self, i: int) -> Sentence:
         """The same of one instance."""
         step = float(self.steps[i])
         words, evidence = self._ends(slice(i, i + 1))
         when = f"step {number(step)}" if math.isfinite(step) else "did not happen"
-        return Sentence(f"{self.title}: {when}; {words}", {"step": step, **evidence}, math.isfinite(step))
+        return Sentence(f"{capital(self.title)}: {when}; {words}.", {"step": step, **evidence}, math.isfinite(step))
 
     def _ends(self, chosen: slice) -> tuple[str, dict[str, float]]:
         """Ends of the curve of some instances, and the level that the last value has to reach: words and numbers."""

@@ -108,7 +108,7 @@ def test_a_change_is_timed_where_it_happened_and_null_where_it_did_not(tmp_path,
         "dynamics/t_ramp": 5, "dynamics/t_ramp/min": 4, "dynamics/t_ramp/max": 6, "dynamics/t_ramp/share": 2 / 3,
     }  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
-    assert "it is up: in 2 of 3 instances at step 5 (median); mean value from 0 to 0.833, needed >= 0.9." in shown
+    assert "It is up: in 2 of 3 instances at step 5 (median); mean value from 0 to 0.833, needed >= 0.9." in shown
 
 
 def test_nothing_is_timed_where_nothing_happened_and_loggers_get_no_number(tmp_path, capsys):

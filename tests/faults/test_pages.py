@@ -62,14 +62,14 @@ def complaints(folder):
         wrong.append("markup from data")
     if shown := NO_NUMBER.findall(" ".join([*page.words, *page.tables])):
         wrong.append(f"shows {shown}")
-    text = page.text
     for name, source, rises in (
         ("dynamics/t_align", "alignment/matched", True),
         ("dynamics/t_ortho", "orthogonality/attended_vs_rest", False),
     ):
-        title = BUILT_IN[name].title
+        title, text = BUILT_IN[name].title.lower(), page.text.lower()  # a sentence begins with a capital
         said = set(re.findall(rf"{re.escape(title)} \(\w+\): in (\d+) of", text))
-        if source not in dataset or dataset.sizes["step"] < 2:
+        has_sizes = rises or "W" in dataset  # the level of the overlap follows from the number of features
+        if source not in dataset or dataset.sizes["step"] < 2 or not has_sizes:
             expected = set()
         else:
             k = happened(dataset[source].values, rises)
@@ -107,7 +107,7 @@ def test_a_quantity_that_is_no_number_or_huge(injected, tmp_path, kind, name):
         dataset = MAKE[kind]()
         values = dataset[name].values.copy()
         values[at] = value
-        folder = store(tmp_path / f"{fault} {len(list(tmp_path.iterdir()))}", changed(dataset, name, values))
+        folder = store(tmp_path / str(len(list(tmp_path.iterdir()))), changed(dataset, name, values))
         report(injected, fault, folder, name)
 
 
