@@ -89,8 +89,9 @@ def _changes_in_words() -> str:
     return (
         "A curve that moves at all has covered 90 % of its way at some step, so a change has a step only where it "
         "happened; elsewhere the step is null. It happened if the quantity reaches its level in the right direction, "
-        f"by more than {NOISE_FACTOR:g} times the noise of the curve (1.4826 times the median absolute deviation of "
-        "the last tenth of its rows, of three rows at least). `mean`, `min` and `max` are over the instances in which "
+        f"by more than {NOISE_FACTOR:g} times the noise of the curve. The noise is a robust standard deviation "
+        "(`svf_lightning.metrics.noise_of`): from row to row, or in the last tenth of the rows if that is larger. "
+        "`mean`, `min` and `max` are over the instances in which "
         "it happened, `happened` in `summary.json` counts these, and W&B gets their share as `NAME/share`. D, N and "
         f"the number of pairs are those of the run (`svf_lightning/metrics/dynamics.py`).\n\n{table}"
     )

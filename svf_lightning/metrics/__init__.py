@@ -9,7 +9,7 @@ from svf_lightning.metrics.alignment import (
     match_pairs,
     spearman,
 )
-from svf_lightning.metrics.dynamics import has_happened, noise_at_the_end, time_of_change
+from svf_lightning.metrics.dynamics import has_happened, noise_of, time_of_change
 from svf_lightning.metrics.geometry import (
     attended_vs_rest,
     feature_dimensionality,
@@ -49,7 +49,7 @@ __all__ = [
     "measure_sparsity",
     "n_recon",
     "n_significant",
-    "noise_at_the_end",
+    "noise_of",
     "relative_attention",
     "sigma_ratio",
     "sparseness",

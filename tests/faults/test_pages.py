@@ -43,8 +43,11 @@ def happened(values, rises):
     for curve in values.astype(float).T:
         if not np.isfinite(curve).all():
             continue
-        last = np.sort(curve[-max(3, int(np.ceil(len(curve) / 10))) :])
-        noise = 1.4826 * np.median(np.abs(last - np.median(last)))
+        if len(curve) < 3:
+            continue
+        last = curve[-max(3, int(np.ceil(len(curve) / 10))) :]
+        rough = np.median(np.abs(np.diff(curve, 2))) / np.sqrt(6)
+        noise = 1.4826 * max(rough, np.median(np.abs(last - np.median(last))))
         way = (curve[-1] - curve[0]) * (1 if rises else -1)
         reached = curve[-1] >= level(True) if rises else curve[-1] <= level(False)
         count += bool(reached and way > 5 * noise)
