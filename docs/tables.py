@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from svf_lightning.cli import DEFAULT_PRESET, preset_path, presets
+from svf_lightning.metrics.dynamics import LEVELS, NOISE_FACTOR
 from svf_lightning.quantities import Quantity
 from svf_lightning.registry import BUILT_IN, METRICS
 from svf_lightning.run.directory import is_replay
@@ -77,6 +78,25 @@ def _about(q: Quantity) -> tuple[str, ...]:
     return f"`{q.name}`{dims}", q.label, q.unit, q.range, q.meaning, q.source, logged
 
 
+def _changes_in_words() -> str:
+    """When a change is said to have happened."""
+    rows = [
+        (f"`{q.change.name}`", f"`{q.name}`", "rise" if q.rises else "fall", LEVELS[q.level].reason)
+        for q in BUILT_IN.values()
+        if q.change is not None and isinstance(q.level, str)
+    ]
+    table = markdown(("step", "of", "which must", "to a value that is"), rows)
+    return (
+        "A curve that moves at all has covered 90 % of its way at some step, so a change has a step only where it "
+        "happened; elsewhere the step is null. It happened if the quantity reaches its level in the right direction, "
+        f"by more than {NOISE_FACTOR:g} times the noise of the curve. The noise is a robust standard deviation "
+        "(`svf_lightning.metrics.noise_of`): from row to row, or in the last tenth of the rows if that is larger. "
+        "`mean`, `min` and `max` are over the instances in which "
+        "it happened, `happened` in `summary.json` counts these, and W&B gets their share as `NAME/share`. D, N and "
+        f"the number of pairs are those of the run (`svf_lightning/metrics/dynamics.py`).\n\n{table}"
+    )
+
+
 def metrics_page() -> str:
     """The whole page of metrics."""
     parts = [
@@ -84,6 +104,7 @@ def metrics_page() -> str:
         "Written by `python docs/tables.py` from the declarations beside each `measure` (`ProbeMetric.quantities`). "
         "Names are those of the trajectory, of `summary.json` and of W&B; a quantity has the dimensions of the probe "
         "(instance, or layer and head) and those in brackets. What the callbacks do is in their docstrings.",
+        _changes_in_words(),
     ]
     for name in [None, *METRICS]:
         title = "Losses, coordinates, and what is derived" if name is None else name

@@ -15,6 +15,7 @@ from enum import Flag, auto
 from typing import TYPE_CHECKING, Any, Literal
 
 from svf_lightning.errors import InputError, bad_value
+from svf_lightning.metrics.dynamics import LEVELS, Sizes
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -94,7 +95,11 @@ class Quantity:
         column: Its title in the table of checkpoints; empty to leave it out there.
         panel: The panel of its curve. None: a panel that quantities of its unit share, after all others.
         colour: Colour of its curve, from the palette of :mod:`svf_lightning.figures.look`; empty for one that is left.
-        change: The quantity that says when this one has changed (90 % of its way from first to last value).
+        change: The quantity that says when this one has changed (90 % of its way from first to last value), where it
+            has (``metrics.dynamics.has_happened``).
+        level: What the final value must reach, as ``better`` says, so that the change has happened: a number, or the
+            name of one that follows from the sizes of the run (``metrics.dynamics.LEVELS``). None: any, if the change
+            is larger than the noise.
         provider: Class that measures it; filled in where quantities are collected.
     """
 
@@ -116,11 +121,18 @@ class Quantity:
     panel: Panel | None = None
     colour: str = ""
     change: Quantity | None = None
+    level: float | str | None = None
     provider: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip("/ ") or "\n" in self.name:
             raise bad_value("name", self.name, 'a name such as "norm/mean"', "rename the quantity")
+        if any(not dim or "/" in dim or "\n" in dim for dim in self.dims):
+            raise bad_value("dims", self.dims, 'names without a slash, such as "feature"', f"change {self.name!r}")
+        if isinstance(self.level, str) and self.level not in LEVELS:
+            raise bad_value("level", self.level, f"a number or one of {', '.join(LEVELS)}", f"change {self.name!r}")
+        if self.level is not None and self.better is None:
+            raise bad_value("level", self.level, "a level with better=higher or lower", f"change {self.name!r}")
 
     @property
     def title(self) -> str:
@@ -131,6 +143,15 @@ class Quantity:
     def axis(self) -> str:
         """Title of an axis: label and unit."""
         return f"{self.title} ({self.unit})" if self.unit and self.unit not in self.title else self.title
+
+    @property
+    def rises(self) -> bool | None:
+        """Whether its change leads upwards; None for either way."""
+        return None if self.better is None else self.better == "higher"
+
+    def level_in(self, sizes: Sizes) -> float | None:
+        """The level in a run of these sizes; NaN where a size that it needs is not known, None without a level."""
+        return LEVELS[self.level].of(sizes) if isinstance(self.level, str) else self.level
 
     @property
     def range(self) -> str:
@@ -222,6 +243,8 @@ def _from_dict(entry: Mapping[str, Any]) -> Quantity:
         given["panel"] = Panel(**panel)
     if "change" in given:
         given["change"] = _from_dict(given["change"])
+    if isinstance(given.get("level"), str) and given["level"] not in LEVELS:
+        del given["level"]
     if "places" in given:
         names = [name for name in given["places"] if name in Place.__members__]
         given["places"] = Place.NOWHERE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svf_lightning import callbacks
@@ -23,8 +24,16 @@ BUILT_IN: dict[str, Quantity] = {**quantities_of([metric() for metric in METRICS
 
 
 def known(trajectory: xr.Dataset) -> dict[str, Quantity]:
-    """What is known of the quantities in a trajectory: what it says itself, else what this package says of the name."""
+    """What is known of the quantities in a trajectory: what it says itself, else what this package says of the name.
+
+    Trajectories that earlier versions wrote know of no levels; those of this package's own quantities are added, with
+    what is said of their changes.
+    """
     stored = stored_quantities(trajectory)
+    for name, quantity in stored.items():
+        ours = BUILT_IN.get(name)
+        if ours is not None and quantity.level is None and quantity.provider == ours.provider:
+            stored[name] = replace(quantity, level=ours.level, change=ours.change)
     return stored | {name: quantity for name, quantity in BUILT_IN.items() if name not in stored}
 
 

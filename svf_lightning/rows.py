@@ -31,6 +31,14 @@ class Rows:
         """What is known of a quantity; its name alone, if nothing is."""
         return self.quantities.get(name) or Quantity(name=name)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the dimensions of values and coordinates, without the step."""
+        sizes: dict[str, int] = {}
+        for dims, values in (*((dims, values[0]) for dims, values in self.values.values()), *self.coords.values()):
+            sizes |= dict(zip(dims, values.shape, strict=True))
+        return sizes
+
     def scalars(self) -> dict[str, np.ndarray]:
         """The numbers with no dimensions but the probe's: arrays [K, *batch], or [K] and the first few of them."""
         batch = self.batch_dims

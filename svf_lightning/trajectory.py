@@ -344,7 +344,7 @@ class TrajectoryStore:
         """
         if self.path.exists() and not self.exists:
             raise InputError(
-                f"{self.path} is damaged: {_METADATA} is missing, which says what it holds. "
+                f"{self.path} is damaged: {METADATA} is missing, which says what it holds. "
                 "Fix: restore that file, or begin a new run."
             )
         steps = _open_part(self.path)["step"].values if self.exists else np.empty(0, dtype=np.int64)

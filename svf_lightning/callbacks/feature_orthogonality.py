@@ -37,10 +37,11 @@ class FeatureOrthogonality(ProbeMetric):
             "Cosine of the template's features with the others, mean.", **_COSINE, better="lower",
             source="Figs. 1b, 3; method, section 3", panel=COSINES, colour="vermillion",
             needs="a template that leaves features over",
-            places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP,
+            places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP, level="orthogonal",
             change=Quantity(
-                "dynamics/t_ortho", "attended features are orthogonal to the rest",
-                "Step from which orthogonality/attended_vs_rest has covered 90 % of its way, and stays there.",
+                "dynamics/t_ortho", "attended features turn orthogonal to the rest",
+                "Step from which orthogonality/attended_vs_rest has covered 90 % of its way, and stays there; null "
+                "where they did not turn orthogonal.",
                 symbol="t_ortho", unit="steps", low=0, source="Fig. 3; method, section 3",
             ),
         ),

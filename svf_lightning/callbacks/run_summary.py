@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import RowSink, Status, quantities_of
 from svf_lightning.rows import Rows, scalar_variables
+from svf_lightning.run.changes import changes_of
 from svf_lightning.run.claims import Claim, Verdict
 from svf_lightning.run.settings import Experiment, Run
-from svf_lightning.run.summary import Result, changes, ends, summarize
+from svf_lightning.run.summary import Result, ends, summarize
 from svf_lightning.terminal import console
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
@@ -25,7 +26,8 @@ class RunSummary(RowSink):
 
     Final values are those of the last captured step. ``dynamics/t_align`` and its like (training steps, see
     :func:`svf_lightning.metrics.time_of_change`) come from the trajectory, so they are right after a resume too; they
-    are missing without a TrajectoryWriter, and null where nothing changed.
+    are missing without a TrajectoryWriter, and null where the change did not happen: their mean, min and max are over
+    the instances in which it did, and ``happened`` says how many these are.
 
     Args:
         experiment: Name of the experiment; empty for that of the run.
@@ -83,7 +85,7 @@ class RunSummary(RowSink):
         result = replace(last, first=first, last=dict(last.last if is_last else final), batch_dims=batch_dims)
         if trainer.state.fn != "fit":
             return replace(result, steps=int(steps[-1]))
-        return replace(result, last={**result.last, **changes(scalars, steps, batch_dims, quantities)})
+        return result.with_changes(changes_of(trajectory, quantities))
 
     def _print(self, result: Result) -> None:
         from rich.box import SIMPLE_HEAD
@@ -107,6 +109,9 @@ class RunSummary(RowSink):
         out.print(table)
         if n > 1:
             out.print(Text(f"mean, min and max over {n} {result.over}"), style="dim")
+        for change in result.changes.values():
+            if not change.happened.all():
+                out.print(Text(f"{change.quantity.name}: {change.sentence().text}"), style="dim")
         if not self.verdicts:
             return
         claims = Table(title="What the paper claims, and what this run measured", title_justify="left")

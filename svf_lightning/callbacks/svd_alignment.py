@@ -75,10 +75,11 @@ class SVDAlignment(ProbeMetric):
             "alignment/matched", "alignment of singular vectors",
             "Cosine of singular vectors with the features of their target pair, mean of left and right and over pairs.",
             **_COSINE, better="higher", source="Figs. 2a, 3; method, section 2", panel=COSINES, colour="blue",
-            places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP,
+            places=Place.TABLE | Place.PROGRESS | Place.COMPARISON | Place.SWEEP, level="aligned",
             change=Quantity(
-                "dynamics/t_align", "singular vectors are aligned",
-                "Step from which the alignment has covered 90 % of its way, and stays there.",
+                "dynamics/t_align", "singular vectors come to align",
+                "Step from which the alignment has covered 90 % of its way, and stays there; null where they did not "
+                "align.",
                 symbol="t_align", unit="steps", low=0, source="Fig. 3; method, section 3",
             ),
         ),

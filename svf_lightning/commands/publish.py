@@ -17,10 +17,11 @@ from svf_lightning.errors import InputError, bad_value, one_line
 from svf_lightning.files import is_file
 from svf_lightning.registry import known
 from svf_lightning.rows import Rows
+from svf_lightning.run.changes import changes_of
 from svf_lightning.run.directory import CONFIG, command_of, read_config
 from svf_lightning.run.identity import wandb_name
 from svf_lightning.run.settings import Experiment
-from svf_lightning.run.summary import changes_of, changes_to_log, read_summary
+from svf_lightning.run.summary import read_summary
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
 from svf_lightning.terminal import say
 from svf_lightning.trajectory import open_trajectory
@@ -169,7 +170,8 @@ class _Run(NamedTuple):
         """What is known at the end of a training: when quantities changed."""
         if self.command != "fit":
             return {}
-        return changes_to_log(changes_of(self.trajectory, known(self.trajectory)))
+        happened = changes_of(self.trajectory, known(self.trajectory))
+        return {name: value for change in happened.values() for name, value in change.to_log().items()}
 
     def _part(self, name: str) -> Mapping[str, Any]:
         return self.config.get(name) or {}

@@ -124,7 +124,7 @@ causal = figure(
     draw_causal,
     description="Removing contributions from the task's heads",
     paper="beyond the paper",
-    see="If the few largest contributions are what the model uses, taking them off hurts at once, and taking off "
-    "others does not. Where the diamonds lie on the circles, the largest contributions are those of the largest "
-    "singular values.",
+    see="Each line takes n contributions off the scores of all these heads: the n largest, n random others, or those "
+    "of the n largest singular values. Below 0, the model loses attention on the key, or preference for the right "
+    "answer.",
 )

@@ -84,8 +84,8 @@ def draw_over_steps(data: OverSteps) -> go.Figure:
     scale = "log" if shown.panel is not None and shown.panel.log else "linear"
     return finish(
         drawn,
-        shown.name,
-        shown.label,
+        as_text(shown.name),
+        shown.label if shown.label != as_text(shown.name) else "",
         height=380,
         xaxis={**Steps(data.step, "log").axis, **limits},
         yaxis={"title": {"text": shown.unit or "value"}, "type": scale},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.errors import DamagedError, InputError, bad_value
+from svf_lightning.sentences import Sentence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,8 @@ class Figure:
         draw: The NamedTuple and options to a plotly figure.
         description: What it shows, in a few words.
         paper: The figure of arXiv 2602.13524 that it mirrors.
-        see: What to look for in it, in a sentence or two.
+        see: What is drawn and how to read it, in a sentence or two that are so whatever the run shows.
+        says: What its data say, in sentences with their numbers.
         on_page: Whether it says something of a run that no other figure of its page says.
         compared: It is among those that stand side by side where runs are compared.
         view: Part of W&B's saved view that shows it; empty for none.
@@ -45,6 +47,7 @@ class Figure:
     description: str
     paper: str
     see: str
+    says: Callable[[Any], Sequence[Sentence | None]] = lambda data: ()
     on_page: Callable[[xr.Dataset], bool] = lambda dataset: True
     compared: bool = False
     view: Literal["toy", "replay", ""] = ""
@@ -74,6 +77,14 @@ class Figure:
                 known = ", ".join(_options(self.prepare) + _options(self.draw)) or "none"
                 raise bad_value("option", name, f"an option of {self.name}: {known}", "leave it out")
         return self.prepare(dataset, **options)
+
+    def sentences(self, dataset: xr.Dataset) -> list[Sentence]:
+        """What the run says in this figure.
+
+        Raises:
+            InputError: The dataset lacks what the figure shows.
+        """
+        return [sentence for sentence in self.says(self.prepare(dataset)) if sentence is not None]
 
     @property
     def heading(self) -> str:

@@ -23,6 +23,7 @@ from svf_lightning.figures.figure import figure
 from svf_lightning.figures.groups import Groups, antipodal_order
 from svf_lightning.figures.look import GREY, LEGEND_RIGHT, OTHERS, SHOWN, finish
 from svf_lightning.figures.reading import read, read_last, require, require_finite, subtitle_of
+from svf_lightning.sentences import Sentence, from_to
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +48,7 @@ def prepare_fig_1a(dataset: xr.Dataset, *, instance: int = 0) -> Geometry:
     """
     require(dataset, "gram", "dimensionality", instance=instance)
     groups = Groups([], [], list(range(dataset.sizes["feature"])))
-    more = f"cosines of instance {instance}, antipodal features side by side"
+    more = f"cosines of instance {instance}, features beside their most negative cosine"
     return _prepare(dataset, [-1], groups, instance, subtitle_of(dataset, more, final=True))
 
 
@@ -166,9 +167,19 @@ def _draw_dimensionality(drawn: go.Figure, number: int, domain: tuple[Span, Span
         )
     for level in (0.5, 1.0):
         draw_rule(drawn, number, "y", level, dash="dot", width=1)
-    y = {"title": {"text": "dimensions per feature (1/2: antipodal pair)"}, "showgrid": False}
+    y = {"title": {"text": "dimensions per feature (1/2: as in an antipodal pair)"}, "showgrid": False}
     y["range"] = [-0.02, 1.05 * max(1.0, float(np.nanmax(values)))]
     place_panel(drawn, number, domain, {"title": {"text": "feature"}, "range": [-0.8, n - 0.2]}, y)
+
+
+def _overlaps(data: Geometry) -> list[Sentence | None]:
+    """How attended features lie to the others, at both steps."""
+    attended, rest = data.groups.attended, data.groups.rest
+    if not attended or not rest:
+        return []
+    means = np.abs(data.gram[:, attended][:, :, rest]).mean((1, 2))
+    what = f"Mean |cosine| of attended and other features of instance {data.instance}"
+    return [from_to(what, data.step, means, name="orthogonality/attended_vs_rest")]
 
 
 fig_1a = figure(
@@ -177,8 +188,8 @@ fig_1a = figure(
     draw_fig_1a,
     description="Cosines between features and dimensions per feature, without a head",
     paper="Fig. 1a",
-    see="Features lie in antipodal pairs if each row has one bright cell beside its own, and each feature has half a "
-    "dimension.",
+    see="In antipodal pairs, each row has one bright cell beside its own, and each feature has half a dimension "
+    "(right).",
     on_page=lambda dataset: "U" not in dataset,  # a run with a head has Fig. 1b
 )
 fig_1b = figure(
@@ -187,9 +198,9 @@ fig_1b = figure(
     draw_fig_1b,
     description="Cosines between features and dimensions per feature with a head, at the first and the last step",
     paper="Fig. 1b",
-    see="Attended features (first rows and columns) turn orthogonal to all others if they fade against these between "
-    "the first and the last step; they are given more room than the others if they end with more of a dimension of "
-    "their own.",
+    see="Attended features are the first rows and columns: dark where they are orthogonal to another feature. Right: "
+    "which part of a dimension each feature has for itself.",
+    says=_overlaps,
     compared=True,
     view="toy",
 )

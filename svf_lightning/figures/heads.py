@@ -33,6 +33,7 @@ from svf_lightning.figures.reading import (
     require_finite,
     subtitle_of,
 )
+from svf_lightning.sentences import number
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -106,7 +107,7 @@ def draw_head_shares(data: HeadShares, *, x_axis: XAxis = "linear") -> go.Figure
     participation = float(mean_of_finite(data.participation, 0))
     return finish(
         drawn,
-        f"A pair is spread over {participation:.1f} of {n_heads} heads (mean participation)",
+        f"Heads that carry a pair: {number(participation)} of {n_heads} (mean participation)",
         data.subtitle,
         coloraxis=colour_axis("share of |logit|", x=spans[0][1] + 0.01, y=top / 2, len=1),
         legend=LEGEND_RIGHT,
@@ -222,8 +223,8 @@ head_shares = figure(
     draw_head_shares,
     description="How several heads share the pairs",
     paper="appendix",
-    see="A column with one bright cell is a pair that a single head took over; on the right, heads share pairs if "
-    "these align better with the sum of the heads than with the best of them.",
+    see="A column with one bright cell is a pair that a single head has. Right: how close pairs are to singular "
+    "vectors of the best of the heads, and to those of the sum of all.",
 )
 by_offset = figure(
     "by_offset",
@@ -231,6 +232,6 @@ by_offset = figure(
     draw_by_offset,
     description="Alignment and singular values at every offset (rotary positions)",
     paper="appendix",
-    see="With rotary positions each offset has a head of its own: dots near 1 on the left say that its singular "
-    "vectors are the features, too.",
+    see="With rotary positions each offset has a bilinear form of its own: where dots are near 1 on the left, its "
+    "singular vectors are close to the features. Right: its first singular value, and the logit that it gives.",
 )

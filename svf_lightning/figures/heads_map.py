@@ -128,8 +128,8 @@ heads_map = figure(
     draw_heads_map,
     description="Attention, sparseness and number of singular pairs of every head",
     paper="beyond the paper",
-    see="If the claim holds, heads that attend to the key (bright on the left, circled) are dark in the middle and on "
-    "the right: sparse, and made of few singular pairs.",
+    see="Circled: the heads with most attention on the key. A dark cell in the middle is a sparse score (low S(v)), a "
+    "dark one on the right a score that few singular pairs make up.",
     compared=True,
     view="replay",
 )

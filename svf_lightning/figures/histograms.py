@@ -198,8 +198,8 @@ fig_8 = figure(
     draw_fig_8,
     description="Which singular pair contributes most",
     paper="Fig. 8",
-    see="If singular values alone decided, the first indices would have it all; bars in the shaded end are scores that "
-    "small singular values make.",
+    see="Singular pairs are numbered from the largest singular value to the smallest; the last eighth is shaded. On "
+    "the dotted line, each would be the largest contributor equally often.",
     view="replay",
 )
 fig_9 = figure(
@@ -208,6 +208,7 @@ fig_9 = figure(
     draw_fig_9,
     description="How many singular pairs make up a score",
     paper="Fig. 9",
-    see="The more of the bars are blue, the more scores are made of 1 to 4 singular pairs.",
+    see="Blue bars are scores that 1 to 4 singular pairs make up; on the right, only those of heads that attend to the "
+    "key.",
     view="replay",
 )

@@ -89,4 +89,4 @@ def as_text(words: object) -> str:
 
 def markup(symbol: str) -> str:
     """A symbol for plotly: ``_x`` as a subscript."""
-    return re.sub(r"_(\w+)", r"<sub>\1</sub>", symbol)
+    return re.sub(r"_(\w+)", r"<sub>\1</sub>", as_text(symbol))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
-import torch
 from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale  # type: ignore[import-untyped,unused-ignore]
 from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
@@ -34,7 +33,8 @@ from svf_lightning.figures.reading import (
     subtitle_of,
     target_logits,
 )
-from svf_lightning.metrics import time_of_change
+from svf_lightning.registry import known
+from svf_lightning.run.changes import Change, changes, sizes_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,15 +59,15 @@ class Dynamics(NamedTuple):
     step: Int[np.ndarray, "step"]
     alignment: Float[np.ndarray, "step instance"]  # |cosine| of matched singular vectors and features
     orthogonality: Float[np.ndarray, "step instance"]  # |cosine| of attended and other features
-    t_align: Float[np.ndarray, "instance"]  # a training step; NaN: no change
+    t_align: Float[np.ndarray, "instance"]  # a training step; NaN: it did not happen
     t_ortho: Float[np.ndarray, "instance"]
+    changes: list[Change]
     labels: list[str]  # of alignment and orthogonality
-    symbols: list[str]  # of their times
     subtitle: str
 
 
 def prepare_fig_3(dataset: xr.Dataset) -> Dynamics:
-    """Alignment and orthogonality, with their times of change (:func:`svf_lightning.metrics.time_of_change`).
+    """Alignment and orthogonality, and when they changed, if they did (:func:`svf_lightning.run.changes.changes`).
 
     Raises:
         InputError: The run lacks one of them or a second step, or diverged.
@@ -76,16 +76,19 @@ def prepare_fig_3(dataset: xr.Dataset) -> Dynamics:
     require(dataset, *names, n_steps=2)
     values = [require_finite(name, read(dataset, name, "step", "instance")) for name in names]
     steps = np.array(dataset["step"])  # a copy, as torch warns about read-only arrays
-    t_align, t_ortho = (time_of_change(torch.from_numpy(each), torch.from_numpy(steps)).numpy() for each in values)
+    quantities = {name: known(dataset)[name] for name in names}
+    happened = changes(dict(zip(names, values, strict=True)), steps, ("instance",), quantities, sizes_of(dataset))
+    align, ortho = happened.values()
+    any_did = align.happened.any() or ortho.happened.any()
     return Dynamics(
         step=steps,
         alignment=values[0],
         orthogonality=values[1],
-        t_align=t_align,
-        t_ortho=t_ortho,
+        t_align=align.steps,
+        t_ortho=ortho.steps,
+        changes=[align, ortho],
         labels=[quantity(dataset, name).title for name in names],
-        symbols=[quantity(dataset, name).symbol for name in ("dynamics/t_align", "dynamics/t_ortho")],
-        subtitle=subtitle_of(dataset, "dots: 90 % of the way, per instance; dotted: their median"),
+        subtitle=subtitle_of(dataset, "dots: 90 % of the way, per instance; dotted: their median" if any_did else ""),
     )
 
 
@@ -93,13 +96,13 @@ def draw_fig_3(data: Dynamics, *, x_axis: XAxis = "linear") -> go.Figure:
     """Thin lines and dots are instances, thick lines their mean; a vertical line is the median time of change."""
     drawn, time = go.Figure(), Steps(data.step, x_axis)
     parts = ((data.alignment, data.t_align, BLUE), (data.orthogonality, data.t_ortho, VERMILLION))
-    for (values, times, colour), label, symbol in zip(parts, data.labels, map(markup, data.symbols), strict=True):
-        changed = np.flatnonzero(np.isfinite(times))
+    for (values, times, colour), label, change in zip(parts, data.labels, data.changes, strict=True):
+        changed, symbol, median = np.flatnonzero(change.happened), markup(change.quantity.symbol), change.median
         if not len(changed):
-            time.lines(drawn, values, colour, label)
+            time.lines(drawn, values, colour, label, mean=f"{label}, {symbol}: {change.counted()}")
             continue
-        median = float(np.median(times[changed]))
-        time.lines(drawn, values, colour, label, mean=f"{label}, {symbol} = {median:,.0f}")
+        some = "" if change.happened.all() else f" {change.counted()}"
+        time.lines(drawn, values, colour, label, mean=f"{label}, {symbol} = {median:,.0f}{some}")
         rows = np.searchsorted(data.step, times[changed])
         drawn.add_scatter(
             x=time.x[rows],
@@ -113,7 +116,7 @@ def draw_fig_3(data: Dynamics, *, x_axis: XAxis = "linear") -> go.Figure:
             hovertemplate=f"{symbol} = %{{customdata:,}}<extra></extra>",
         )
         draw_rule(drawn, 1, "x", float(np.interp(median, data.step, time.x)), color=colour, width=1, dash="dot")
-    title = "When singular vectors align, and when features turn orthogonal"
+    title = "Alignment of singular vectors, and orthogonality of features, over training"
     return finish(drawn, title, data.subtitle, xaxis=time.axis, yaxis=_COSINE_AXIS)
 
 
@@ -123,7 +126,8 @@ fig_3 = figure(
     draw_fig_3,
     description="Alignment and orthogonality over training",
     paper="Fig. 3",
-    see="Alignment comes before orthogonality if its vertical line, the median time of change, is further left.",
+    see="A vertical line is the median time of a change that happened; that of an earlier one is further left.",
+    says=lambda data: [change.sentence() for change in data.changes],
     on_page=lambda dataset: False,  # the panels over steps show it
 )
 
@@ -191,7 +195,8 @@ spectrum_over_time = figure(
     draw_spectrum_over_time,
     description="Singular values over training",
     paper="appendix",
-    see="Pairs get their logits if the singular values of target pairs rise to these while the others stay near zero.",
+    see="A triangle at the right is the logit that a pair is to get; its line is the singular value that it is matched "
+    "with at the last step.",
     on_page=lambda dataset: False,  # the panels over steps show it
 )
 
@@ -268,7 +273,7 @@ alignment_over_time = figure(
     draw_alignment_over_time,
     description="Every pair's alignment over training",
     paper="appendix",
-    see="Pairs with the larger target logit (colour) align first if their lines rise further left.",
+    see="A line for each pair, coloured by its target logit; further left is earlier.",
     on_page=lambda dataset: dataset.sizes.get("pair", 0) >= 2,
 )
 
@@ -349,6 +354,6 @@ cone_over_time = figure(
     draw_cone_over_time,
     description="Singular vectors in a cone of features, over training",
     paper="appendix",
-    see="The first singular vector follows the axis of the cone where a line is high on the left, at the expense of "
-    "its feature where it is low on the right; a large strength is a narrow cone.",
+    see="Left: how close the first singular vector is to the axis of the cone. Right: how close matched ones are to "
+    "their features. A large strength is a narrow cone.",
 )

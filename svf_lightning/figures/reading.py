@@ -6,12 +6,13 @@ Every function here raises InputError, with what to do, where a dataset lacks wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.figures.look import count_of
+from svf_lightning.figures.look import as_text, count_of
 from svf_lightning.quantities import Quantity
 from svf_lightning.registry import how_to_have, known
 
@@ -118,8 +119,13 @@ def require_one_per_instance(dataset: xr.Dataset, name: str) -> None:
 
 
 def quantity(dataset: xr.Dataset, name: str) -> Quantity:
-    """What is known of a quantity or a coordinate; its name alone, if nothing is."""
-    return known(dataset).get(name) or Quantity(name)
+    """What is known of a quantity or a coordinate, its words for plotly; its name alone, if nothing is."""
+    return for_plotly(known(dataset).get(name) or Quantity(name))
+
+
+def for_plotly(quantity: Quantity) -> Quantity:
+    """A quantity whose label and unit, which may be anyone's, are text for plotly."""
+    return replace(quantity, label=as_text(quantity.title), unit=as_text(quantity.unit))
 
 
 def read(dataset: xr.Dataset, name: str, *dims: str, **at: int) -> np.ndarray:

@@ -29,6 +29,7 @@ from svf_lightning.figures.look import (
     markup,
 )
 from svf_lightning.figures.reading import (
+    for_plotly,
     mean_of_finite,
     quantity,
     read,
@@ -135,8 +136,8 @@ fig_4 = figure(
     draw_fig_4,
     description="Alignment against anisotropy, with Theorem 1's prediction",
     paper="Fig. 4",
-    see="Features are more anisotropic to the right; singular vectors align with them the less, the lower the points "
-    "lie. Crosses are what Theorem 1 predicts from the features alone.",
+    see="Further right, features are more anisotropic; further up, vectors are closer to each other. Crosses are what "
+    "Theorem 1 predicts from the features alone.",
     on_page=lambda dataset: "theory/predicted_cosine" in dataset,
     view="toy",
 )
@@ -279,11 +280,10 @@ def against(
 against_lambda = figure(
     "against_lambda",
     partial(prepare_against, x="lambda_attn", y=("alignment/matched", "orthogonality/attended_vs_rest")),
-    partial(draw_final_values, title="What the weight of the attention loss does"),
+    partial(draw_final_values, title="Final values against the weight of the attention loss"),
     description="Alignment and orthogonality against the attention loss's weight",
     paper="appendix",
-    see="Left, where the attention loss weighs little, singular vectors need not align; where the lines level off, "
-    "more weight changes nothing.",
+    see="Further right, the attention loss weighs more. Dots are instances, lines their means.",
 )
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def prepare_across_runs(
         labels=[] if is_number else list(map(str, labels)),
         is_named=True,
         has_means=True,
-        x_title=x_title,
-        title=f"Runs by {x_title}",
+        x_title=as_text(x_title),
+        title=f"Runs by {as_text(x_title)}",
         subtitle=" · ".join(parts),
     )
 
@@ -400,20 +400,23 @@ def prepare_along_axis(
     for row in done.to_dict("records"):
         settings = [f"{short(name)} {row[name]}" for name in (axis, *others)]
         dots.append(as_text(", ".join([*settings, f"trial {row['trial']}"])))
+    final = np.stack([require_finite(name, done[name].to_numpy(float)) for name in names])
     has_means = "seed" not in axis  # no line: the order of seeds has no meaning
     parts = [count_of(len(done), "trial"), "dots: trials; line: their mean" if has_means else "dots: trials"]
+    if without := int((~np.isfinite(final)).any(0).sum()):
+        parts.append(f"no number in {without}")
     parts += [f"over {', '.join(map(short, others))} and seeds"] if others else []
     return FinalValues(
         metric=np.array(names),
         x=np.array(values, dtype=float),
-        y=np.stack([require_finite(name, done[name].to_numpy(float)) for name in names]),
-        quantities=[quantities.get(name) or Quantity(name) for name in names],
+        y=final,
+        quantities=[for_plotly(quantities.get(name) or Quantity(name)) for name in names],
         dots=dots,
         labels=labels,
         is_named=True,
         has_means=has_means,
-        x_title=_AXES.get(axis, short(axis)),
-        title=f"Along {short(axis)}",
+        x_title=_AXES.get(axis) or as_text(short(axis)),
+        title=f"Along {as_text(short(axis))}",
         subtitle=" · ".join(parts),
     )
 

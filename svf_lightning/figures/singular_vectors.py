@@ -25,6 +25,8 @@ from svf_lightning.figures.figure import figure
 from svf_lightning.figures.groups import Groups
 from svf_lightning.figures.look import GREY, LEGEND_RIGHT, MARGIN, OTHERS, SHOWN, SIGMA, TIMES, count_of, finish
 from svf_lightning.figures.reading import read, read_last, require, require_finite, subtitle_of, target_logits
+from svf_lightning.sentences import Sentence
+from svf_lightning.sentences import number as in_words
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -288,6 +290,22 @@ def draw_pair_map(data: PairMap) -> go.Figure:
     )
 
 
+def _largest(data: SingularVectors | SingularVectorsOfPairs, instance: int) -> list[Sentence]:
+    """How close attended features come to a singular vector."""
+    sentences = []
+    for side, features, cosines in (
+        ("query", data.groups.query, data.cosine_left),
+        ("key", [*data.groups.key] or data.groups.query, data.cosine_right),
+    ):
+        largest = cosines[features].max(1)
+        if not np.isfinite(largest).any():
+            continue
+        each = " to ".join(dict.fromkeys(in_words(end) for end in (np.nanmin(largest), np.nanmax(largest))))
+        text = f"Largest |cosine| of a {side} feature with a {'left' if side == 'query' else 'right'} singular vector: "
+        sentences.append(Sentence(f"{text}{each}.", {f"largest/{side}": largest}))
+    return sentences
+
+
 def _has_several_pairs(dataset: xr.Dataset) -> bool:
     return dataset.sizes.get("pair", 0) >= 2
 
@@ -299,6 +317,7 @@ fig_2a = figure(
     description="Every feature against every singular vector",
     paper="Fig. 2a",
     see="An attended feature is aligned if its row has one bright cell, and no other feature is bright in that column.",
+    says=lambda data: _largest(data, 0),
     on_page=lambda dataset: not _has_several_pairs(dataset),  # Fig. 2b shows the same and more
     compared=True,
     view="toy",
@@ -311,6 +330,7 @@ fig_2b = figure(
     paper="Fig. 2b",
     see="Attended features are aligned if they have one bright cell each; on the right, singular values on the dotted "
     "line are as large as the logits that the pairs are to get.",
+    says=lambda data: _largest(data, data.instance),
     on_page=_has_several_pairs,
     compared=True,
     view="toy",
@@ -321,7 +341,6 @@ pair_map = figure(
     draw_pair_map,
     description="Which pairs share a singular vector",
     paper="appendix",
-    see="A column that is bright in several rows is a singular vector that these pairs share, as they must where "
-    "pairs outnumber the head's dimensions.",
+    see="A column that is bright in several rows is a singular vector that these pairs share.",
     on_page=_has_several_pairs,
 )

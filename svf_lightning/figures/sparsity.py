@@ -44,6 +44,7 @@ from svf_lightning.figures.reading import (
     require_heads,
     subtitle_of,
 )
+from svf_lightning.sentences import Sentence, from_to
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -208,7 +209,7 @@ def draw_fig_7a(data: Contributions) -> go.Figure:
     sparseness = f" · mean S(v) = {data.sparseness:.3f}" if np.isfinite(data.sparseness) else ""
     return finish(
         drawn,
-        f"How the singular pairs of {data.head} make up its attention",
+        f"What each singular pair of {data.head} contributes to its score of the key",
         f"{data.subtitle} · bars: mean over prompts; whiskers: their standard deviation{sparseness}",
         height=520 if n_rows == 2 else 450,
         showlegend=False,
@@ -413,6 +414,23 @@ def draw_sparsity_over_time(data: SparsityOverTime, *, x_axis: XAxis = "linear")
     )
 
 
+# ---- what they say ---------------------------------------------------------------------------------------------------
+
+_LOWER = (
+    "A lower S(v) is a sparser score: fewer singular pairs make it up. The rotated bases are what a basis gives that "
+    "is not the head's own."
+)
+
+
+def _ends(step: np.ndarray, curves: Sequence[np.ndarray]) -> list[Sentence | None]:
+    """Ends of the curves of S(v): in the singular basis, then in the rotated ones."""
+    labels = [label for _, label in (_SINGULAR, *_ROTATED)]
+    return [
+        from_to(f"S(v), {label}", step, curve, name=f"S(v), {label}")
+        for label, curve in zip(labels, curves, strict=True)
+    ]
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 fig_7a = figure(
@@ -421,8 +439,8 @@ fig_7a = figure(
     draw_fig_7a,
     description="Contributions of the singular pairs of one head",
     paper="Fig. 7a",
-    see="A sparse head has a few tall bars. Where they are the same from prompt to prompt, their whiskers are short. "
-    "They need not be those of the largest singular values, below.",
+    see="Few tall bars are a sparse score; short whiskers are contributions that are the same from prompt to prompt. "
+    "Below: the singular values of the same pairs.",
     compared=True,
     view="replay",
 )
@@ -432,8 +450,8 @@ fig_7b = figure(
     draw_fig_7b,
     description="S(v) of the task's heads over training, with rotated controls",
     paper="Fig. 7b",
-    see="If sparseness grows with training and belongs to the singular vectors, the line of the singular basis falls "
-    "while those of the rotated bases stay. Below: how far the heads learn the task meanwhile.",
+    see=f"{_LOWER} Below: attention on the key, and the model's accuracy.",
+    says=lambda data: _ends(data.step, (data.sparseness, *data.rotated_mean)),
     view="replay",
 )
 sparsity_over_time = figure(
@@ -442,6 +460,6 @@ sparsity_over_time = figure(
     draw_sparsity_over_time,
     description="S(v) of the toy model over training",
     paper="beyond the paper",
-    see="If scores become sparse as the singular vectors align, the line of the singular basis falls while the "
-    "alignment (below) rises, and those of the rotated bases stay.",
+    see=f"{_LOWER} Below: the alignment of singular vectors at the same steps.",
+    says=lambda data: _ends(data.step, (data.mean[len(_ROTATED)], *data.mean[: len(_ROTATED)])),
 )

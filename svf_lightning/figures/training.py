@@ -14,11 +14,12 @@ from svf_lightning.errors import InputError
 from svf_lightning.figures.axes import Steps, axis_name
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import DASHES, MARGIN, PALETTE, finish, markup
-from svf_lightning.figures.reading import mean_of_finite, range_of_finite, sizes_in_words
+from svf_lightning.figures.reading import for_plotly, mean_of_finite, range_of_finite, sizes_in_words
 from svf_lightning.quantities import Panel, Quantity, in_order
 from svf_lightning.registry import known
 from svf_lightning.rows import scalar_variables
-from svf_lightning.run.summary import changes_of
+from svf_lightning.run.changes import Change, changes_of
+from svf_lightning.sentences import Sentence
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -40,10 +41,10 @@ class OverTraining(NamedTuple):
     lowest: Float[np.ndarray, "metric step"]
     highest: Float[np.ndarray, "metric step"]
     change: Shaped[np.ndarray, "change"]  # names of the steps of change
-    median_change: Float[np.ndarray, "change"]  # training steps
+    median_change: Float[np.ndarray, "change"]  # training steps, of the instances in which it happened; NaN: in none
     quantities: list[Quantity]
     values: list[np.ndarray]  # of each quantity [step, place]
-    symbols: list[tuple[str, str]]  # of each change, and the name of the quantity that changes
+    changes: list[Change]
     sizes: str
 
 
@@ -77,11 +78,7 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
         )
     n_steps = dataset.sizes["step"]
     values = [np.asarray(scalars[q.name].values, dtype=float).reshape(n_steps, -1) for q in quantities]
-    changes = {
-        q.change: times
-        for q in quantities
-        if q.change is not None and np.isfinite(times := changes_of(dataset, {q.name: q})[q.change.name]).any()
-    }
+    changes = list(changes_of(dataset, {q.name: q for q in quantities}).values())
     ranges = [range_of_finite(each) for each in values]
     return OverTraining(
         step=dataset["step"].values,
@@ -89,11 +86,11 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
         mean=np.stack([mean_of_finite(each, 1) for each in values]),
         lowest=np.stack([low for low, _ in ranges]),
         highest=np.stack([high for _, high in ranges]),
-        change=np.array([change.name for change in changes]),
-        median_change=np.array([float(np.nanmedian(times)) for times in changes.values()]),
+        change=np.array([change.quantity.name for change in changes]),
+        median_change=np.array([change.median for change in changes]),
         quantities=quantities,
         values=values,
-        symbols=[(q.change.symbol or q.change.title, q.name) for q in quantities if q.change in changes and q.change],
+        changes=changes,
         sizes=sizes_in_words(dataset),
     )
 
@@ -102,14 +99,29 @@ def draw_training(data: OverTraining) -> go.Figure:
     """One panel for each kind of quantity, all on one axis of steps, with one cursor and the steps of change."""
     drawn = _draw(data, [q.panel or _of_unit(q) for q in data.quantities], "Over training")
     moments = []
-    for at, (symbol, of) in sorted(zip(data.median_change, data.symbols, strict=True)):
-        colour = next(trace.line.color for trace in drawn.data if trace.legendgroup == of)
+    for change in sorted(
+        (change for change in data.changes if change.happened.any()), key=lambda change: change.median
+    ):
+        at, name = change.median, change.of.name
+        colour = next(trace.line.color for trace in drawn.data if trace.legendgroup == name)
         ends = {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
         drawn.add_shape(type="line", **ends, line={"dash": "dot", "width": 1.5, "color": colour})
-        moments.append(f"{markup(symbol)} {at:,.0f}")
+        moments.append(f"{_symbol(change)} {at:,.0f}" + ("" if change.happened.all() else f" {change.counted()}"))
     if moments:
         drawn.layout.title.subtitle.text += f"; dotted: median step of change ({', '.join(moments)})"
+    for change in data.changes:
+        if not change.happened.any():
+            drawn.layout.title.subtitle.text += f"; {_symbol(change)} {change.counted()}"
     return drawn
+
+
+def _symbol(change: Change) -> str:
+    return markup(change.quantity.symbol or change.quantity.title)
+
+
+def what_changed(data: OverTraining) -> list[Sentence]:
+    """For every change: whether it happened, in how many instances, when, and between which values."""
+    return [change.sentence() for change in data.changes]
 
 
 def draw_further(data: OverTraining) -> go.Figure:
@@ -149,7 +161,7 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
             if len(chosen) <= _FEW_LINES:
                 _draw_thin_lines(drawn, time, data.values[i], colour, quantity.name, y)
             time.line(
-                drawn, data.mean[i], colour, quantity.title, width=2.5, legendgroup=quantity.name, yaxis=y,
+                drawn, data.mean[i], colour, for_plotly(quantity).title, width=2.5, legendgroup=quantity.name, yaxis=y,
                 legend=legend, connectgaps=True, line_dash=DASHES[colours[:k].count(colour) % len(DASHES)],
             )  # fmt: skip
     return finish(
@@ -235,8 +247,8 @@ training = figure(
     draw_training,
     description="Main quantities over training",
     paper="",
-    see="What happens when. Alignment and orthogonality, where a run has them, are Fig. 3. Thick: mean over instances "
-    "or heads; thin: each of them. Pointing at a step shows its values.",
+    see="Panels share one axis of steps; pointing at a step shows its values.",
+    says=what_changed,
     view="toy",
 )
 further = figure(

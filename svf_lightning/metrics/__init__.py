@@ -9,7 +9,7 @@ from svf_lightning.metrics.alignment import (
     match_pairs,
     spearman,
 )
-from svf_lightning.metrics.dynamics import time_of_change
+from svf_lightning.metrics.dynamics import has_happened, noise_of, time_of_change
 from svf_lightning.metrics.geometry import (
     attended_vs_rest,
     feature_dimensionality,
@@ -42,12 +42,14 @@ __all__ = [
     "feature_dimensionality",
     "gram",
     "haar_orthogonal",
+    "has_happened",
     "interference",
     "logit_fidelity",
     "match_pairs",
     "measure_sparsity",
     "n_recon",
     "n_significant",
+    "noise_of",
     "relative_attention",
     "sigma_ratio",
     "sparseness",

@@ -12,6 +12,7 @@ from svf_lightning.arguments import dotted
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.figures import FIGURES, draw_all
 from svf_lightning.figures.comparison import compared_quantities, over_steps
+from svf_lightning.figures.look import as_text
 from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.run import in_words
 from svf_lightning.run.directory import read_config
@@ -55,7 +56,7 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparis
     if not shared:
         raise InputError("the runs share no metric over steps. Fix: compare runs of one kind, with more than one step.")
     figures = [over_steps(datasets, name) for name in shared]
-    text = "Mean over the instances or heads of each run. Where lines lie on each other, what differs does not matter."
+    text = "Mean over the instances or heads of each run. Dashes show where lines lie on each other."
     sections.append(Section("Over training", text, figures))
     sections += _side_by_side(datasets)
     commands = [f"python -m svf_lightning report {folder}" for folder in folders]
@@ -70,7 +71,7 @@ def _side_by_side(datasets: Mapping[str, xr.Dataset]) -> list[Section]:
     sections = []
     for name, about in FIGURES.items():
         figures = [
-            figures[name].update_layout(title_text=f"{run}: {figures[name].layout.title.text}")
+            figures[name].update_layout(title_text=f"{as_text(run)}: {figures[name].layout.title.text}")
             for run, figures in drawn.items()
             if name in figures
         ]

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
   const $ = (name) => document.getElementById("explorer-" + name);
   const slider = $("step"), picker = $("place"), play = $("play"), now = $("now"), marks = $("marks");
-  const attended = (feature) => data.attended.includes(feature), few = data.attended.length <= 6;
+  const attended = (feature) => data.attended.includes(feature), few = data.is_named;
   const blue = "#0072B2", vermillion = "#D55E00", grey = "#8C8C8C";
 
   const decoded = new Map();
@@ -30,21 +30,22 @@
   const largest = (cell, i) => Math.max(...data.places.map((place) => place.cells[i].scale));
 
   const draw = (cell, i) => {
-    const layout = {template: pageLook(), title: {text: cell.title, font: {size: 14}}, height: 340, margin: {l: 50, r: 10, t: 40, b: 45}};
+    const layout = {template: pageLook(), title: {text: asText(cell.title), font: {size: 14}}, height: 340, margin: {l: 50, r: 10, t: 40, b: 45}};
     let traces;
+    const dims = cell.dims.map(asText);
     if (cell.kind === "heat") {
       const limit = largest(cell, i);
       traces = [{
         type: "heatmap", z: [[0]], zmin: cell.signed ? -limit : 0, zmax: limit, zauto: false,
         colorscale: cell.signed ? "RdBu" : "Cividis", reversescale: cell.signed, colorbar: {thickness: 10, len: 0.9},
-        hovertemplate: `${cell.dims[0]} %{y}, ${cell.dims[1]} %{x}: %{z:.2f}<extra></extra>`,
+        hovertemplate: `${dims[0]} %{y}, ${dims[1]} %{x}: %{z:.2f}<extra></extra>`,
       }];
-      layout.xaxis = {title: {text: cell.dims[1]}, ...ticks(cell, 1), constrain: "domain"};
-      layout.yaxis = {title: {text: cell.dims[0]}, autorange: "reversed", ...ticks(cell, 0)};
+      layout.xaxis = {title: {text: dims[1]}, ...ticks(cell, 1), constrain: "domain"};
+      layout.yaxis = {title: {text: dims[0]}, autorange: "reversed", ...ticks(cell, 0)};
     } else if (cell.kind === "bars") {
       const limit = 1.05 * largest(cell, i);
-      traces = [{type: "bar", y: [0], marker: {color: blue}, hovertemplate: `${cell.dims[0]} %{x}: %{y:.3f}<extra></extra>`}];
-      layout.xaxis = {title: {text: cell.dims[0]}, ...ticks(cell, 0)};
+      traces = [{type: "bar", y: [0], marker: {color: blue}, hovertemplate: `${dims[0]} %{x}: %{y:.3f}<extra></extra>`}];
+      layout.xaxis = {title: {text: dims[0]}, ...ticks(cell, 0)};
       layout.yaxis = {range: [cell.signed ? -limit : 0, limit]};
     } else {
       const features = [...Array(cell.sizes[1]).keys()], limit = 1.3 * largest(cell, i);
@@ -66,8 +67,10 @@
   const place = () => data.places[Number(picker ? picker.value : 0)];
   const show = () => {
     const frame = Number(slider.value), step = data.steps[frame];
+    let hasNumbers = false;
     data.cells.forEach((cell, i) => {
       const values = matrix(place().cells[i], frame, shape(cell)), id = "explorer-" + i;
+      hasNumbers ||= values.some((row) => row.some((value) => value !== null));
       if (cell.kind === "heat") Plotly.restyle(id, {z: [values]});
       else if (cell.kind === "bars") Plotly.restyle(id, {y: [values[0]]});
       else {
@@ -76,7 +79,8 @@
       }
     });
     const past = place().moments.filter(([at]) => at <= step).map(([, words]) => words);
-    const text = `step ${step.toLocaleString("en")}` + (past.length ? `: ${past.join("; ")}` : "");
+    const told = hasNumbers ? past : [...past, "no number was measured"];
+    const text = `step ${step.toLocaleString("en")}` + (told.length ? `: ${told.join("; ")}` : "");
     now.textContent = text;
     slider.setAttribute("aria-valuetext", text);
   };
@@ -105,6 +109,11 @@
         show();
       });
       marks.append(button);
+    }
+    for (const words of place().absent) {
+      const text = document.createElement("span");
+      text.textContent = words;
+      marks.append(text);
     }
   };
   slider.addEventListener("input", () => { stop(); show(); });

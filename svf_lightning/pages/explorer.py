@@ -13,13 +13,15 @@ from svf_lightning.figures.reading import pair_features
 from svf_lightning.pages.page import Widget, largest, packed
 from svf_lightning.quantities import Place, Quantity
 from svf_lightning.registry import known
-from svf_lightning.run.summary import changes_of
+from svf_lightning.run.changes import Change, changes_of
+from svf_lightning.sentences import Sentence
 from svf_lightning.trajectory import derived_from, with_derived
 
 if TYPE_CHECKING:
     import xarray as xr
 
 N_FRAMES = 60
+_FEW = 6  # names of attended features that are shown beside those of every tenth one
 MAX_BYTES = 1_500_000  # of all frames of all instances; a large model has fewer frames
 
 
@@ -31,6 +33,7 @@ class _Cell(NamedTuple):
     dims: tuple[str, ...]  # rows and columns of a heat map; the bars
     values: np.ndarray  # [frame, rows, columns], [frame, bars] or [frame, 2, feature]
     scale: float  # largest size; 1 for cosines
+    is_signed: bool = False  # numbers of both signs are possible, whether or not there are any
 
 
 def time_slider(dataset: xr.Dataset) -> Widget | None:
@@ -52,7 +55,8 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
 
     Returns:
         ``steps`` [F]; ``places``, instances (or heads) that are shown, each with its ``name``, ``moments`` (step and
-        words for what changed), and for each of the ``cells`` its ``values`` and ``scale``.
+        words for what happened), ``absent`` (a sentence for each change that did not), and for each of the ``cells``
+        its ``values`` and ``scale``. ``is_named``: heat maps name the attended features.
     """
     declared = known(dataset)
     shown = [q for name, q in declared.items() if name in dataset and _is_shown(q, dataset)]
@@ -68,7 +72,8 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
     n_places = max(1, min(math.prod(shape), MAX_BYTES // (n_frames * per_frame)))
     all_steps = np.asarray(dataset["step"].values)
     changes = changes_of(dataset, declared)
-    moments = [_moments(changes, declared, place, shape) for place in range(n_places)]
+    told = [_told(changes, place, shape) for place in range(n_places)]
+    moments = [_moments(each) for each in told]
     rows = _rows(all_steps, {step for each in moments for step, _ in each}, n_frames)
     stored = {name for q in shown for name in derived_from(q.name) or (q.name,)} | ({"W"} if has_features else set())
     some = with_derived(dataset[sorted(stored)].isel(step=rows).load())
@@ -81,16 +86,18 @@ def frames(dataset: xr.Dataset) -> dict[str, Any] | None:
         cells = [_cell(q, _values(some, q.name, at)) for q in shown]
         if has_features:
             cells += _feature_cells(_values(some, "W", at), pair)
-        signed |= {i for i, cell in enumerate(cells) if np.nanmin(cell.values, initial=0) < 0}
+        signed |= {i for i, cell in enumerate(cells) if cell.is_signed or np.nanmin(cell.values, initial=0) < 0}
         packed_cells = [{"values": packed(cell.values, cell.scale), "scale": cell.scale} for cell in cells]
         name = ", ".join(f"{dim} {i}" for dim, i in at.items())
-        places.append({"name": name, "moments": moments[place], "cells": packed_cells})
+        absent = [sentence.text for _, sentence in told[place] if not sentence.happened]
+        places.append({"name": name, "moments": moments[place], "absent": absent, "cells": packed_cells})
     attended = sorted({feature for side in pair_features(dataset) for feature in side}) if _has_pairs(dataset) else []
     return {
         "steps": [int(step) for step in all_steps[rows]],
         "place": " and ".join(batch_dims) or "run",
         "n_places": math.prod(shape),
         "attended": attended,
+        "is_named": 0 < len(attended) <= _FEW,
         "pair": pair if has_features and sizes["d_model"] > 2 else None,
         "cells": [{**_described(cell), "signed": i in signed} for i, cell in enumerate(cells)],
         "places": places,
@@ -117,8 +124,9 @@ def _values(some: xr.Dataset, name: str, at: Mapping[str, Any]) -> np.ndarray:
 
 def _cell(quantity: Quantity, values: np.ndarray) -> _Cell:
     kind = "heat" if len(quantity.dims) == 2 else "bars"
-    scale = 1.0 if (quantity.low, quantity.high) in ((0, 1), (-1, 1)) else largest(values)
-    return _Cell(kind, quantity.axis, quantity.dims, values, scale)
+    limits = (quantity.low, quantity.high)
+    scale = 1.0 if limits in ((0, 1), (-1, 1)) else largest(values)
+    return _Cell(kind, quantity.axis, quantity.dims, values, scale, limits == (-1, 1))
 
 
 def _feature_cells(W: np.ndarray, pair: tuple[int, int]) -> list[_Cell]:
@@ -129,7 +137,7 @@ def _feature_cells(W: np.ndarray, pair: tuple[int, int]) -> list[_Cell]:
     points = _plane(W, pair)
     title = "products of features, WᵀW, of the largest"
     return [
-        _Cell("heat", title, ("feature", "feature_2"), products / scale, 1.0),
+        _Cell("heat", title, ("feature", "feature_2"), products / scale, 1.0, is_signed=True),
         _Cell("plane", "features in a plane", ("feature",), points, largest(points)),
     ]
 
@@ -148,18 +156,20 @@ def _described(cell: _Cell) -> dict[str, Any]:
     }
 
 
-def _moments(
-    changes: Mapping[str, np.ndarray], declared: Mapping[str, Quantity], place: int, shape: Sequence[int]
-) -> list[tuple[int, str]]:
-    """What changed in one place, and when."""
-    moments = []
-    for name, times in changes.items():
+def _told(changes: Mapping[str, Change], place: int, shape: Sequence[int]) -> list[tuple[Change, Sentence]]:
+    """What happened in one place, or did not."""
+    told = []
+    for change in changes.values():
         # steps of change belong to instances, which are the first dimension
-        index = place if len(times) == math.prod(shape) else int(np.unravel_index(place, tuple(shape))[0])
-        if math.isfinite(time := float(times[index])):
-            quantity = declared[name]
-            moments.append((int(time), f"{quantity.title} ({quantity.symbol})" if quantity.symbol else quantity.title))
-    return moments
+        n_times = len(change.steps)
+        index = place if n_times == math.prod(shape) else int(np.unravel_index(place, tuple(shape))[0])
+        told.append((change, change.sentence_of(index)))
+    return told
+
+
+def _moments(told: Sequence[tuple[Change, Sentence]]) -> list[tuple[int, str]]:
+    """When it happened, and what."""
+    return [(int(one.evidence["step"]), change.title) for change, one in told if one.happened]
 
 
 def _rows(steps: np.ndarray, marked: set[int], n: int) -> np.ndarray:

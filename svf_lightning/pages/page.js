@@ -2,6 +2,7 @@
 const pageData = JSON.parse(document.getElementById("figures").textContent);
 const pageDark = window.matchMedia("(prefers-color-scheme: dark)");
 const pageLook = () => pageData.templates[pageDark.matches ? "dark" : "light"];
+const asText = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;"); // plotly reads tags
 const pageOptions = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
 pageOptions.displayModeBar = window.matchMedia("(hover: none)").matches ? false : "hover"; // it lies on colour bars
 for (const [id, figure] of Object.entries(pageData.figures)) {

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +172,7 @@ def _place(name: str, figure: go.Figure) -> _Placed:
         name,
         _words(heading),
         _words(title.get("subtitle", {}).get("text", "")),
-        re.sub("</?su[bp]>", "", heading),
+        unescape(re.sub("</?su[bp]>", "", heading)),
         layout["height"],
         _is_wide(figure),
         [_Button(button["label"], json.dumps(button["args"][0])) for menu in menus for button in menu["buttons"]],
@@ -188,4 +188,5 @@ def _is_wide(figure: go.Figure) -> bool:
 
 def _words(text: str) -> Markup:
     """A title of plotly as HTML: its sub- and superscripts, and nothing else."""
-    return Markup(re.sub(r"&lt;(/?su[bp])&gt;", r"<\1>", escape(text)))
+    parts = re.split("(</?su[bp]>)", text)  # every second one is a tag
+    return Markup("".join(part if i % 2 else escape(unescape(part)) for i, part in enumerate(parts)))

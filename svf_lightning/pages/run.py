@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.figures import FIGURES, draw_all
@@ -15,12 +16,15 @@ from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.words import head_picker
 from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, read_config
 from svf_lightning.run.summary import read_summary
+from svf_lightning.sentences import Sentence, joined
 from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
 
 _LAST = "further"  # what no other figure shows
+_ENDED = {"finished": "finished", "interrupted": "was interrupted", "failed": "failed"}
+_LOSS = "loss/total"
 
 
 def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -39,16 +43,17 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     run_dir = Path(run_dir)
     dataset = open_trajectory(run_dir)
     summary, config = read_summary(run_dir), read_config(run_dir)
-    experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
+    experiment = summary.get("experiment") or (config.get("experiment") or {}).get("name") or run_dir.parent.name
     command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
     drawn = draw_all(dataset)
     sections = [_verdict(summary, dataset, config, command)]
     if "training" in drawn:
-        sections.append(_section("training", drawn.pop("training")))
+        sections.append(_section("training", drawn.pop("training"), dataset))
     if (slider := time_slider(dataset)) is not None:
-        sections.append(Section("Through training (Figs. 1 and 2)", _of_slider(slider.data), widget=slider))
+        paper = " (Figs. 1 and 2)" if slider.data["attended"] else ""
+        sections.append(Section(f"Through training{paper}", _of_slider(slider.data), widget=slider))
     for name, figure in sorted(drawn.items(), key=lambda item: item[0] == _LAST):
-        sections.append(_section(name, figure))
+        sections.append(_section(name, figure, dataset))
         if name == "fig_7a":  # Fig. 7a shows one head over all prompts; the picker shows it on one prompt
             sections += _words(dataset)
     path = Path(out) if out else run_dir / REPORT
@@ -57,9 +62,10 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def _section(name: str, drawn: go.Figure) -> Section:
+def _section(name: str, drawn: go.Figure, dataset: xr.Dataset) -> Section:
+    """A figure, how to read it, and what the run says in it."""
     about = FIGURES[name]
-    return Section(about.heading, about.see, [drawn])
+    return Section(about.heading, joined([about.see, *about.sentences(dataset)]), [drawn])
 
 
 def _of_slider(data: Mapping[str, Any]) -> str:
@@ -68,7 +74,8 @@ def _of_slider(data: Mapping[str, Any]) -> str:
     if any("singular vectors" in cell["title"] for cell in data["cells"]):
         sentences.append("An attended feature is aligned when one singular vector points along it alone.")
     if data["attended"]:
-        sentences.append("Attended features (bold) are orthogonal to the others where their products are pale.")
+        bold = " (bold)" if data["is_named"] else ""
+        sentences.append(f"Attended features{bold} are orthogonal to the others where their products are grey.")
     return " ".join(sentences)
 
 
@@ -79,8 +86,8 @@ def _words(dataset: xr.Dataset) -> list[Section]:
         return []
     text = (
         "Words are shaded by the attention that the query (dashed) gives them; the key (outlined) is the word that "
-        "the task attends to. Bars: score of each word relative to the mean of the others, taken apart over the "
-        "singular pairs that matter most for the key. In a sparse head one or two of them lift it above the rest."
+        "the prompt names as its key. Bars: score of each word relative to the mean of the others, taken apart over "
+        "the singular pairs that contribute most to that of the key."
     )
     return [Section("One head over the words of a prompt (Fig. 7a)", text, widget=picker)]
 
@@ -91,10 +98,13 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
     text = f"The run has not ended, or was killed: {last:,} is the last step that it stored."
     tables = []
     if summary:
-        judged = [claim["holds"] for claim in summary["claims"] if claim["holds"] is not None]
+        judged = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
         hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
-        end = f"The run is {summary['status']} at step {summary['steps']:,}, after {summary['seconds']:,.0f} s."
-        text, tables = f"{hold}. {end}", _claims(summary)
+        after = f", after {summary['seconds']:,.0f} s" if "seconds" in summary else ""
+        ended = _ENDED[summary["status"]] if "status" in summary else "ended"
+        text = f"{hold}. The run {ended} at step {summary.get('steps', last):,}{after}."
+        tables = _claims(summary)
+    text = joined([text, _diverged(dataset), "The command below repeats it."])
     settings = [
         [f"{part}.{name}", json.dumps(value)]
         for part in ("model", "data", "trainer", "capture")
@@ -105,12 +115,24 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
     for titles, rows in ((["setting", "value"], settings), (["package", "version"], versions)):
         if rows:
             tables.append(Table(titles, rows, frozenset(titles), folded=f"{len(rows)} {titles[0]}s"))
-    return Section("Verdict", f"{text} The command below repeats it.", tables=tables, commands=[command])
+    return Section("Verdict", text, tables=tables, commands=[command])
+
+
+def _diverged(dataset: xr.Dataset) -> Sentence | None:
+    """In how many instances the loss has ended as no number; None if in none."""
+    if _LOSS not in dataset:
+        return None
+    last = np.atleast_1d(dataset[_LOSS].isel(step=-1).values)
+    lost = ~np.isfinite(last)
+    if not lost.any():
+        return None
+    where = f"In {lost.sum()} of {lost.size} instances" if lost.size > 1 else "At the last step"
+    return Sentence(f"{where} the loss is not a finite number: training diverged.", {_LOSS: last}, True)
 
 
 def _claims(summary: Mapping[str, Any]) -> list[Table]:
     rows = []
-    for claim in summary["claims"]:
+    for claim in summary.get("claims", []):
         holds, measured = in_words(claim)
         needed = claim["needed"].replace(", open question", "")
         rows.append([holds, claim["claim"], measured, needed, claim["figure"]])

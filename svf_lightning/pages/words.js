@@ -11,7 +11,6 @@
   };
   const part = (text, at, size, scale) =>
     Array.from(numbers(text).slice(at * size, (at + 1) * size), (value) => value === -32768 ? null : value * scale);
-  const asText = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;"); // plotly reads tags
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 
   const show = () => {

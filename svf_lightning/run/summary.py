@@ -1,27 +1,23 @@
-"""The verdict on a run: summary.json, and when its quantities changed."""
+"""The verdict on a run: summary.json."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from svf_lightning.files import read_json, write_json
-from svf_lightning.metrics import time_of_change
 from svf_lightning.quantities import Place, Quantity
-from svf_lightning.rows import Rows, scalar_variables, statistics
+from svf_lightning.rows import Rows, statistics
+from svf_lightning.run.changes import Change, per_unit
 from svf_lightning.run.claims import Verdict, judge
 from svf_lightning.run.directory import SUMMARY, versions
 from svf_lightning.run.settings import Experiment
-
-if TYPE_CHECKING:
-    import xarray as xr
-
 
 _NUMBER = (int, float)
 _MAYBE = (int, float, NoneType)  # null: not a number
@@ -56,7 +52,8 @@ class Result:
         steps: Training step of the last row.
         seconds: How long the run took.
         first: Values of the first row by metric, one per instance (or head).
-        last: Those of the last row, and the steps of change.
+        last: Those of the last row, and the steps of change (NaN where it did not happen).
+        changes: What happened, by the name of the change.
         batch_dims: The module's own dimensions.
         settings: What the instances differ in, so that a claim can be about some of them.
         quantities: What is known of the metrics.
@@ -67,6 +64,7 @@ class Result:
     seconds: float = 0.0
     first: Mapping[str, np.ndarray] = field(default_factory=dict)
     last: Mapping[str, np.ndarray] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
     batch_dims: tuple[str, ...] = ("instance",)
     settings: Mapping[str, np.ndarray] = field(default_factory=dict)
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
@@ -84,6 +82,10 @@ class Result:
             quantities=rows.quantities,
         )
 
+    def with_changes(self, changes: Mapping[str, Change]) -> Result:
+        """The result with what happened, whose steps are among its last values."""
+        return replace(self, changes=changes, last={**self.last, **{name: c.steps for name, c in changes.items()}})
+
     @property
     def over(self) -> str:
         """What values are listed of: "instances" or "heads"."""
@@ -100,13 +102,16 @@ class Result:
         return {name: q for name, q in quantities.items() if q.is_at(Place.TABLE) and q.logged != "no"}
 
     def statistics(self, name: str) -> tuple[float, float, float]:
-        """Mean, smallest and largest of the final values of a metric."""
+        """Mean, smallest and largest of the final values of a metric; of steps of change, where it happened."""
+        if name in self.changes:
+            steps = self.last[name][self.changes[name].happened]
+            return (float(steps.mean()), float(steps.min()), float(steps.max())) if len(steps) else (math.nan,) * 3
         mean, low, high = (float(value[0]) for value in statistics(self.last[name][None], self.batch_dims))
         return mean, low, high
 
     def changes_to_log(self) -> dict[str, float]:
-        """What loggers get at the end: mean, min and max of the steps of change."""
-        return changes_to_log({name: self.last[name] for name in _sources(self.quantities) if name in self.last})
+        """What loggers get at the end: when quantities changed, and in which share of the instances."""
+        return {name: value for change in self.changes.values() for name, value in change.to_log().items()}
 
 
 def summarize(run_dir: Path, experiment: Experiment, result: Result) -> list[Verdict]:
@@ -118,6 +123,8 @@ def summarize(run_dir: Path, experiment: Experiment, result: Result) -> list[Ver
         known = zip(("mean", "min", "max"), result.statistics(name), strict=True)
         per_instance = [float(value) for value in values]
         metrics[name] = {"label": quantity.title, "unit": quantity.unit, **dict(known), "per_instance": per_instance}
+        if name in result.changes:
+            metrics[name] |= {"happened": int(result.changes[name].happened.sum())}
     summary = {
         "experiment": experiment.name,
         "status": result.status,
@@ -150,55 +157,3 @@ def ends(
         for rows in (slice(None, 1), slice(-1, None))
     )
     return first, last
-
-
-def changes(
-    scalars: Mapping[str, Any], steps: np.ndarray, batch_dims: tuple[str, ...], quantities: Mapping[str, Quantity]
-) -> dict[str, np.ndarray]:
-    """When quantities changed (``Quantity.change``, such as ``dynamics/t_align``): training steps, one per instance.
-
-    Args:
-        scalars: Columns [K, *batch] by name.
-        steps: Training step of each row [K].
-        batch_dims: The module's own dimensions.
-        quantities: What is known of them.
-
-    Returns:
-        By the name of the change; NaN for an instance in which nothing changed.
-    """
-    return {
-        name: time_of_change(
-            torch.tensor(per_unit(np.asarray(scalars[source]), batch_dims)), torch.tensor(steps)
-        ).numpy()
-        for name, source in _sources(quantities).items()
-        if source in scalars
-    }
-
-
-def changes_of(trajectory: xr.Dataset, quantities: Mapping[str, Quantity]) -> dict[str, np.ndarray]:
-    """:func:`changes` of a stored training."""
-    sources = set(_sources(quantities).values())
-    columns = {name: variable for name, variable in scalar_variables(trajectory).items() if name in sources}
-    return changes(columns, trajectory["step"].values, trajectory.attrs["batch_dims"], quantities)
-
-
-def changes_to_log(steps: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What loggers get of the steps of change, which are known at the end: mean, min and max over instances."""
-    return {
-        f"{name}{suffix}": float(of(values))
-        for name, values in steps.items()
-        for suffix, of in (("", np.mean), ("/min", np.min), ("/max", np.max))
-    }
-
-
-def _sources(quantities: Mapping[str, Quantity]) -> dict[str, str]:
-    """Names of changes, each with the quantity whose change it is."""
-    return {quantity.change.name: name for name, quantity in quantities.items() if quantity.change is not None}
-
-
-def per_unit(values: np.ndarray, batch_dims: tuple[str, ...]) -> np.ndarray:
-    """Values [K, *batch] as [K, instance], means over the other dimensions; without instances, as [K, head]."""
-    flat = values.reshape(len(values), -1)
-    if batch_dims[:1] != ("instance",) or values.ndim < 3:
-        return flat
-    return np.asarray(flat.reshape(len(values), values.shape[1], -1).mean(-1))

@@ -17,11 +17,12 @@ from svf_lightning.callbacks import RowSink, TrajectoryWriter
 from svf_lightning.callbacks.base import Driver, Status
 from svf_lightning.files import write_text
 from svf_lightning.rows import Rows
+from svf_lightning.run.changes import changes, sizes_in
 from svf_lightning.run.claims import Claim
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG
 from svf_lightning.run.identity import metric_identity, wandb_name
 from svf_lightning.run.settings import Experiment
-from svf_lightning.run.summary import Result, changes, summarize
+from svf_lightning.run.summary import Result, summarize
 from svf_lightning.sweep.trial import Trial, class_of
 from svf_lightning.toy.optimizer import InstanceAdam
 from svf_lightning.trajectory import TrajectoryStore
@@ -66,6 +67,7 @@ class TrialWriter(RowSink):
         self._file = Path(trials)
         self._trials: list[_Open] = []
         self._rows: list[Rows] = []  # scalars only
+        self._sizes: Mapping[str, int] = {}  # of all that was measured
         self._start = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +89,7 @@ class TrialWriter(RowSink):
         for one in self._trials:
             one.check()
             one.store.append(rows.of_instances(one.instances), one.include)
-        scalars = rows.scalars().keys()
+        scalars, self._sizes = rows.scalars().keys(), rows.sizes
         self._rows.append(replace(rows, values={name: rows.values[name] for name in scalars}))
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> None:
@@ -105,11 +107,9 @@ class TrialWriter(RowSink):
 
     def _summarize(self, one: _Open, rows: Rows, seconds: float) -> None:
         result = Result.of_rows(rows)
-        result = replace(
-            result,
-            seconds=seconds,
-            last={**result.last, **changes(rows.scalars(), rows.steps, rows.batch_dims, rows.quantities)},
-        )
+        sizes = sizes_in(self._sizes, {name: values for name, (_, values) in rows.coords.items()})
+        happened = changes(rows.scalars(), rows.steps, rows.batch_dims, rows.quantities, sizes)
+        result = replace(result.with_changes(happened), seconds=seconds)
         total = result.last.get("loss/total")
         if total is not None and not np.isfinite(total).any():
             result = replace(result, status="failed")

@@ -80,7 +80,38 @@ def test_a_quantity_of_a_user_is_summarized_and_shown_like_the_others(tmp_path, 
     assert f"{metrics['norm/mean']['mean']:.4g}" in line
 
 
-def test_the_times_of_change_come_from_the_whole_trajectory_and_reach_the_loggers(tmp_path):
+class Ramps(ProbeMetric):
+    """A quantity that rises to 1 in two of three instances, in the third to 0.5 only."""
+
+    quantities = (Quantity("ramp", better="higher", level=0.9, change=Quantity("dynamics/t_ramp", "it is up")),)
+
+    def measure(self, probe):
+        rise = (torch.as_tensor(probe.step).reshape(-1, 1) / torch.tensor([4.0, 6.0, 4.0])).clamp(max=1)
+        return {"ramp": rise * torch.tensor([1.0, 1.0, 0.5])}
+
+
+def test_a_change_is_timed_where_it_happened_and_null_where_it_did_not(tmp_path, capsys):
+    logged = []
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step):
+            logged.append(dict(metrics))
+
+    train(tmp_path, steps=60, callbacks=callbacks(Ramps()), trainer={"logger": Logger()})
+    metric = summary_of(tmp_path)["metrics"]["dynamics/t_ramp"]
+    assert metric["per_instance"] == [4, 6, None]
+    assert {key: metric[key] for key in ("mean", "min", "max", "happened")} == {
+        "mean": 5, "min": 4, "max": 6, "happened": 2,
+    }  # fmt: skip
+    at_the_end = {name: value for name, value in logged[-1].items() if "t_ramp" in name}
+    assert at_the_end == {
+        "dynamics/t_ramp": 5, "dynamics/t_ramp/min": 4, "dynamics/t_ramp/max": 6, "dynamics/t_ramp/share": 2 / 3,
+    }  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "It is up: in 2 of 3 instances at step 5 (median); mean value from 0 to 0.833, needed >= 0.9." in shown
+
+
+def test_nothing_is_timed_where_nothing_happened_and_loggers_get_no_number(tmp_path, capsys):
     logged = []
 
     class Logger(pl.loggers.logger.DummyLogger):
@@ -93,14 +124,15 @@ def test_the_times_of_change_come_from_the_whole_trajectory_and_reach_the_logger
         ("dynamics/t_align", "alignment/matched"),
         ("dynamics/t_ortho", "orthogonality/attended_vs_rest"),
     ):
-        expected = time_of_change(torch.tensor(dataset[source].values), torch.tensor(dataset["step"].values))
+        moved = time_of_change(torch.tensor(dataset[source].values), torch.tensor(dataset["step"].values))
+        assert moved.isfinite().all()  # the curves do move, a little
         metric = summary_of(tmp_path)["metrics"][name]
-        assert metric["per_instance"] == expected.tolist()
-        assert metric["unit"] == "steps"
+        assert metric["per_instance"] == [None] * 3
+        assert (metric["mean"], metric["happened"], metric["unit"]) == (None, 0, "steps")
         step, at_the_end = logged[-1]
         assert step == 9
-        assert at_the_end[name] == expected.mean()
-        assert (at_the_end[f"{name}/min"], at_the_end[f"{name}/max"]) == (expected.min(), expected.max())
+        assert {key: value for key, value in at_the_end.items() if key.startswith(name)} == {f"{name}/share": 0}
+    assert capsys.readouterr().out.count("did not happen in any of 3 instances") == 2
 
 
 def test_without_a_trajectory_there_are_last_values_and_no_times_of_change(tmp_path):

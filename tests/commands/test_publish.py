@@ -133,7 +133,7 @@ def test_a_run_that_was_killed(finished, run_dir):
     found = published(run_dir)
     assert found.steps == [0, 5, 10, 15, 17, 17]
     assert found.history[:4] == live.history[:4]
-    assert {"dynamics/t_align", "dynamics/t_ortho/max"} <= found.history[4].keys()
+    assert {"dynamics/t_align/share", "dynamics/t_ortho/share"} <= found.history[4].keys()
     assert "tables/claims" not in found.summary
     assert {"tables/pairs", "figures/training"} <= found.history[-1].keys()
     assert found.exit_code == 1  # W&B shows it as failed

@@ -18,7 +18,7 @@ def test_head_shares_at_the_last_step_and_alignment_over_time():
     assert figure.layout.yaxis.ticktext == tuple("0123")
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first head on top
     mean = last(run, "heads/participation").mean()
-    assert f"{mean:.1f} of 4 heads" in figure.layout.title.text
+    assert f"{mean:.3g} of 4" in figure.layout.title.text
     for name, text in (("heads/best", "best head"), ("heads/combined", "sum of the heads")):
         np.testing.assert_allclose(named(figure, text).y, run[name].values.mean(1))
         np.testing.assert_array_equal(named(figure, text).x, run["step"])

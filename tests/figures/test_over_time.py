@@ -70,13 +70,22 @@ def test_fig_3_on_a_log_axis_keeps_step_0():
         fig_3(changes(range(0, 801, 10)), x_axis="symlog")
 
 
+def test_a_curve_that_moves_and_arrives_nowhere_has_no_time():
+    run = changes(range(0, 801, 10))
+    figure = fig_3(run.assign({"alignment/matched": 0.3 * run["alignment/matched"]}))
+    name = "alignment of singular vectors, t<sub>align</sub>: did not happen in any of 3 instances"
+    np.testing.assert_allclose(named(figure, name).y, 0.3 * run["alignment/matched"].values.mean(1))
+    assert not [t for t in figure.data if t.name == "t<sub>align</sub>"]
+    assert len(figure.layout.shapes) == 1  # that of orthogonality
+
+
 def test_an_instance_that_diverged_is_left_out():
     run = changes(range(0, 801, 10))
     broken = run["alignment/matched"].copy()
     broken[:, 1] = np.nan
     figure = fig_3(run.assign({"alignment/matched": broken}))
     assert not [t for t in figure.data if t.name == "alignment of singular vectors, instance 1"]
-    mean = named(figure, "alignment of singular vectors, t<sub>align</sub> = 185")
+    mean = named(figure, "alignment of singular vectors, t<sub>align</sub> = 185 in 2 of 3 instances")
     np.testing.assert_allclose(mean.y, broken.values[:, [0, 2]].mean(1))
 
 

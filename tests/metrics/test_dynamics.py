@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import time_of_change
+from svf_lightning.metrics import (
+    align_pairs,
+    attended_vs_rest,
+    cosine_matrix,
+    gram,
+    has_happened,
+    noise_of,
+    time_of_change,
+)
+from svf_lightning.metrics.dynamics import LEVELS, Sizes, alignment_by_chance, least_overlap, overlap_by_chance
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SETTINGS = settings(deadline=None, max_examples=60, derandomize=True)
@@ -130,3 +139,102 @@ def test_result_stays_on_the_device_of_the_series(device):
     got = time_of_change(series.to(device), torch.arange(11).to(device))
     assert got.device.type == device
     assert torch.equal(got.cpu(), time_of_change(series, torch.arange(11)))
+
+
+# ---- whether it happened ---------------------------------------------------------------------------------------------
+
+
+def test_a_change_has_happened_where_it_reaches_its_level_in_its_direction():
+    ends = torch.tensor([0.95, 0.5, 0.95, 0.2])
+    starts = torch.tensor([0.1, 0.1, 1.0, 0.9])
+    share = torch.linspace(0, 3, 40).clamp(max=1)[:, None]
+    series = starts + (ends - starts) * share
+    assert has_happened(series, level=0.9, rises=True).tolist() == [True, False, False, False]
+    assert has_happened(series, level=0.3, rises=False).tolist() == [False, False, False, True]
+    assert has_happened(series).tolist() == [True] * 4
+    assert has_happened(series, level=math.nan, rises=True).tolist() == [False] * 4
+    with pytest.raises(InputError, match=r"level=0\.9"):
+        has_happened(series, level=0.9)
+
+
+@pytest.mark.parametrize("n", [5, 10, 30, 300])
+def test_noise_alone_is_seldom_a_change_and_never_one_on_its_own_level(n):
+    series = torch.randn(n, 2000, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    share = has_happened(series).double().mean()
+    assert share < (0.3 if n < 10 else 0.02 if n < 100 else 0.005)  # few rows say little of the noise
+    assert not has_happened(series / 100, level=0.9, rises=True).any()
+
+
+def test_a_small_change_counts_on_a_quiet_curve_and_not_on_a_noisy_one():
+    step = torch.where(torch.arange(100) < 50, 0.0, 1.0)
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert has_happened(step + 0.01 * noise)
+    assert not has_happened(step + 0.5 * noise)
+    assert noise_of(step + 0.5 * noise).item() == pytest.approx(0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 1.0], [0.5] * 9, [0.0, math.nan, 1.0, 1.0], [0.0, 1.0, 1.0, math.inf]])
+def test_curves_that_cannot_show_a_change_show_none(values):
+    assert not has_happened(torch.tensor(values))
+
+
+def test_five_rows_can_show_a_change():
+    assert has_happened(torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
+    assert has_happened(torch.linspace(0, 1, 5).repeat_interleave(2))
+
+
+def test_a_straight_course_is_no_noise_and_a_drift_at_the_end_is():
+    ramp = torch.linspace(0, 1, 101)
+    assert has_happened(ramp)
+    assert noise_of(ramp).item() == pytest.approx(1.4826 * 0.03, rel=0.1)
+
+
+@pytest.mark.parametrize(("d_model", "mean"), [(10, 0.49), (2, 0.81)])
+def test_alignment_by_chance_of_one_pair_is_what_an_independent_computation_found(d_model, mean):
+    assert alignment_by_chance(d_model, d_model, 1).mean == pytest.approx(mean, abs=0.01)
+
+
+def test_alignment_by_chance_is_that_of_random_heads_and_features():
+    g = torch.Generator().manual_seed(0)
+    n, D, R, P = 400, 12, 5, 3
+    U, V = (torch.linalg.qr(torch.randn(n, D, R, generator=g)).Q for _ in "UV")
+    query, key = (torch.randn(n, D, P, generator=g) for _ in "qk")
+    pairs = align_pairs(cosine_matrix(query, U), cosine_matrix(key, V), torch.ones(n, R))
+    drawn = ((pairs.left + pairs.right) / 2).mean(-1)
+    chance = alignment_by_chance(D, R, P)
+    assert chance.mean == pytest.approx(drawn.mean().item(), abs=0.01)
+    assert (drawn > chance.extreme).double().mean() < 0.01
+    more_pairs = alignment_by_chance(D, R, 9)  # four find no singular vector
+    assert more_pairs.mean < chance.mean
+
+
+def test_overlap_by_chance_is_that_of_random_features():
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 10, 20, generator=g)
+    attended = torch.arange(20) < 2
+    drawn, _ = attended_vs_rest(gram(X), attended)
+    chance = overlap_by_chance(10, 20, 2)
+    assert chance.mean == pytest.approx(drawn.mean().item(), abs=0.005)
+    assert (drawn < chance.extreme).double().mean() < 0.01
+
+
+@pytest.mark.parametrize(("d_model", "n_features"), [(2, 3), (5, 9), (10, 20), (7, 50)])
+def test_no_features_overlap_less_on_average_than_the_bound(d_model, n_features):
+    X = torch.randn(200, d_model, n_features, generator=torch.Generator().manual_seed(1))
+    size = gram(X).abs()
+    overlap = (size.sum((-2, -1)) - n_features) / (n_features * (n_features - 1))
+    assert (overlap >= least_overlap(d_model, n_features)).all()
+
+
+def test_antipodal_pairs_are_at_the_bound_and_so_are_not_orthogonal():
+    X = torch.cat([torch.eye(10), -torch.eye(10)], dim=1)
+    overlap, _ = attended_vs_rest(gram(X), torch.arange(20) < 2)
+    assert overlap.item() == pytest.approx(1 / 18)
+    assert least_overlap(10, 20) == pytest.approx(1 / 19)
+    assert LEVELS["orthogonal"].of(Sizes(10, 10, 1, 20, 2)) == pytest.approx(1 / 38)
+
+
+def test_a_level_is_not_known_where_a_size_is_missing():
+    assert math.isnan(LEVELS["aligned"].of(Sizes()))
+    assert math.isnan(LEVELS["orthogonal"].of(Sizes(d_model=10, n_features=5, n_attended=5)))
+    assert LEVELS["aligned"].of(Sizes(n_singular=10, n_pairs=1)) == LEVELS["aligned"].of(Sizes(10, 10, 1))

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers.browser import LOOKS, assert_every_figure_is_drawn, in_browser, needs_browser
+from helpers.trajectories import store, toy
 
 from svf_lightning import cli
 from svf_lightning.commands.report import report
@@ -198,14 +199,21 @@ def test_curves_over_training_show_the_mean_and_every_instance_on_one_axis(run_d
     assert np.isnan(np.array(thin[0].y, dtype=float)).sum() == 3  # a gap after each instance
 
 
-def test_curves_over_training_mark_when_the_median_instance_has_changed(run_dir):
-    dataset = open_trajectory(run_dir)
-    figure = training(dataset)
-    moments = json.loads((run_dir / "summary.json").read_text())["metrics"]
+def test_curves_over_training_mark_when_the_median_instance_has_changed(tmp_path):
+    folder = store(tmp_path, toy(n_instances=3))
+    figure = training(open_trajectory(folder))
+    moments = json.loads((folder / "summary.json").read_text())["metrics"]
     expected = {name: float(np.median(moments[f"dynamics/t_{name}"]["per_instance"])) for name in ("align", "ortho")}
     assert [shape.x0 for shape in figure.layout.shapes] == sorted(expected.values())
     for name, step in expected.items():
         assert f"t<sub>{name}</sub> {step:,.0f}" in figure.layout.title.subtitle.text
+
+
+def test_curves_over_a_training_too_short_for_a_change_have_no_mark_and_say_so(run_dir):
+    figure = training(open_trajectory(run_dir))
+    assert len(figure.layout.shapes) == 0
+    for name in ("align", "ortho"):
+        assert f"t<sub>{name}</sub> did not happen in any of 3 instances" in figure.layout.title.subtitle.text
 
 
 def test_the_page_of_a_killed_run_says_so(run_dir, tmp_path):

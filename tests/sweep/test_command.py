@@ -18,6 +18,7 @@ from svf_lightning import cli
 from svf_lightning.commands.report import report_sweep
 from svf_lightning.commands.sweep import sweep
 from svf_lightning.errors import InputError
+from svf_lightning.pages.sweep import write_sweep_page
 from svf_lightning.sweep.results import Sweep
 from svf_lightning.wandb_logger import RunLogger
 
@@ -233,7 +234,7 @@ def test_a_report_needs_a_sweep(tmp_path):
         report_sweep(tmp_path)
 
 
-def test_the_rule_counts_trials_below_it_and_those_without_a_number(swept):
+def test_the_rule_counts_trials_below_it_and_those_without_a_number(swept, tmp_path):
     found = Sweep(swept)
     values = [0.95, 0.85, 0.99, None]
     for trial, value in zip(found.trials, values, strict=True):
@@ -245,6 +246,9 @@ def test_the_rule_counts_trials_below_it_and_those_without_a_number(swept):
     assert cells["below 0.9"].tolist() == [0.5, 0.5]
     assert cells["mean"].tolist() == pytest.approx([0.9, 0.99])
     assert cells["min"].tolist() == [0.85, 0.99]
+    page = write_sweep_page(found, cells, metric="alignment/matched", below=0.9, out=tmp_path / "page.html").read_text()
+    assert "Of 4 trials that are done, alignment/matched is below 0.9 in 1, and has no number in 1." in page
+    assert "no number in 1" in page.split("Axes (Appendix A)")[1]
 
 
 def test_under_an_agent_the_run_is_the_sweeps_and_its_configuration_is_stored_once(command: Command, tmp_path):
