@@ -13,9 +13,9 @@ from svf_lightning.figures import FIGURES, draw_all
 from svf_lightning.pages.explorer import time_slider
 from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.words import head_picker
-from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, read_config
+from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, parent_of, read_config
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.summary import read_summary
-from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -37,7 +37,7 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
         InputError: There is no trajectory, or it cannot be read.
     """
     run_dir = Path(run_dir)
-    dataset = open_trajectory(run_dir)
+    dataset = open_sound(run_dir)
     summary, config = read_summary(run_dir), read_config(run_dir)
     experiment = summary.get("experiment") or config.get("experiment", {}).get("name") or run_dir.parent.name
     command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
@@ -53,6 +53,8 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
             sections += _words(dataset)
     path = Path(out) if out else run_dir / REPORT
     about = [f"run {run_dir.name}", "replay of a language model" if is_replay(run_dir) else "toy model"]
+    if parent := parent_of(run_dir):
+        about.append(f"measured again from run {parent}")
     write_page(path, experiment, " · ".join(about), sections)
     return path
 
@@ -95,6 +97,12 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
         hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
         end = f"The run is {summary['status']} at step {summary['steps']:,}, after {summary['seconds']:,.0f} s."
         text, tables = f"{hold}. {end}", _claims(summary)
+    if left_out := dataset.attrs["left_out"]:
+        rows = [[f"{step:,}", why] for step, why in left_out.items()]
+        text += (
+            f" No curve shows these {len(rows)} checkpoints." if len(rows) > 1 else " No curve shows one checkpoint."
+        )
+        tables.append(Table(["step", "left out, as it"], rows, frozenset(["left out, as it"])))
     settings = [
         [f"{part}.{name}", json.dumps(value)]
         for part in ("model", "data", "trainer", "capture")

@@ -335,25 +335,27 @@ def read_prompts(
         prepend_bos: As for `ioi_prompts`.
 
     Returns:
-        The prompts, in the order of the file; one that is repeated counts once, and a line on standard error says so.
+        The prompts, in the order of the file. If some are repeated, a line on standard error says so.
 
     Raises:
         InputError: The file or a line of it cannot be used; the message names both.
     """
     path = Path(path)
-    prompts: dict[Prompt, int] = {}  # and the lines that they come from
+    prompts: list[Prompt] = []
+    first_line: dict[Prompt, int] = {}
     repeated: list[tuple[int, int]] = []
     for line, row in _rows(path):
         prompt = _read_prompt(f"{path}, line {line}", row, tokenizer, prepend_bos)
-        if prompts.setdefault(prompt, line) != line:
-            repeated.append((line, prompts[prompt]))
+        prompts.append(prompt)
+        if first_line.setdefault(prompt, line) != line:
+            repeated.append((line, first_line[prompt]))
     if not prompts:
         raise bad_value(str(path), "no prompt", "at least one", "write one prompt a line")
     if repeated:
         (line, first), n = repeated[0], len(repeated)
         more = "" if n == 1 else f", and {n - 1} more do the like"
-        say(f"svf-lightning: {path}, line {line} repeats line {first}{more}: each prompt counts once")
-    return list(prompts)
+        say(f"svf-lightning: {path}, line {line} repeats line {first}{more}: each counts as often as it is there")
+    return prompts
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
@@ -21,6 +22,7 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
+PARENT = "parent.json"  # of a run that measures again what another one has measured: which one
 REPORT = "report.html"
 
 
@@ -52,6 +54,14 @@ def check_free(run_dir: Path) -> None:
 def is_replay(run_dir: Path) -> bool:
     """True for the directory of a replay, which goes on when it is called again."""
     return (run_dir / IDENTITY).is_file() and (run_dir / CONFIG).is_file()
+
+
+def parent_of(run_dir: Path) -> str:
+    """Name of the run whose checkpoints this one measures again; empty for any other run."""
+    try:
+        return str(json.loads((run_dir / PARENT).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def command_of(run_dir: Path, config: Mapping[str, Any]) -> str:
