@@ -99,8 +99,8 @@ def misplaced(checkpoints: Sequence[Weights]) -> dict[int, str]:
     reasons = _equal(rest)
     rest = [one for one in rest if one.step not in reasons and one.fingerprint is not None]
     if rest:
-        common = _most_common_tensors(rest)
-        rest = [one for one in rest if one.fingerprint is not None and tuple(one.fingerprint.tensors) == common]
+        common = _most_common_shapes(rest)
+        rest = [one for one in rest if _fingerprint(one).shapes == common]
     if len(rest) > 2:
         reasons |= _equal_tensors(rest)
         rest = [one for one in rest if one.step not in reasons]
@@ -111,14 +111,14 @@ def misplaced(checkpoints: Sequence[Weights]) -> dict[int, str]:
     return dict(sorted(reasons.items()))
 
 
-def _most_common_tensors(checkpoints: Sequence[Weights]) -> tuple[str, ...]:
-    names = [tuple(one.fingerprint.tensors) for one in checkpoints if one.fingerprint is not None]
-    return max(names, key=names.count)
+def _most_common_shapes(checkpoints: Sequence[Weights]) -> dict[str, str]:
+    shapes = [_fingerprint(one).shapes for one in checkpoints]
+    return max(shapes, key=shapes.count)
 
 
 def _samples(checkpoints: Sequence[Weights]) -> Float[np.ndarray, "checkpoint tensor 16"]:
     """Samples, each tensor in units of its size."""
-    samples = np.stack([one.fingerprint.sample for one in checkpoints if one.fingerprint is not None]).astype(float)
+    samples = np.stack([_fingerprint(one).sample for one in checkpoints]).astype(float)
     n = [min(N_SAMPLED, _n_entries(shape)) for shape in _fingerprint(checkpoints[0]).shapes.values()]
     mean_square = (samples**2).sum(-1) / np.maximum(n, 1)
     size = np.sqrt(np.median(mean_square, axis=0) * np.maximum(n, 1))
@@ -148,7 +148,8 @@ def _equal(checkpoints: Sequence[Weights]) -> dict[int, str]:
     reasons: dict[int, str] = {}
     with_sample = [one for one in checkpoints if one.fingerprint is not None]
     distances: np.ndarray | None = None
-    if len(with_sample) == len(checkpoints) and len({len(_fingerprint(one).tensors) for one in with_sample}) == 1:
+    same_shapes = all(_fingerprint(one).shapes == _fingerprint(with_sample[0]).shapes for one in with_sample)
+    if len(with_sample) == len(checkpoints) and same_shapes:
         distances = _distances(_samples(checkpoints))
     for group in _groups([one.hash for one in checkpoints]):
         kept = _where_it_belongs(group, len(checkpoints), distances)
