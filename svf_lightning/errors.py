@@ -29,7 +29,7 @@ class DivergedError(ArithmeticError):
 
 def bad_value(name: str, got: object, allowed: str, fix: str) -> InputError:
     """The error for one unusable value: ``name=got is not usable. Allowed: ... Fix: ...``."""
-    return InputError(f"{name}={got!r} is not usable. Allowed: {allowed}. Fix: {fix}.")
+    return InputError(f"{name}={shortened(repr(got))} is not usable. Allowed: {allowed}. Fix: {fix}.")
 
 
 def damaged(path: Path, error: BaseException) -> DamagedError:
@@ -52,7 +52,12 @@ def reason(error: BaseException, *, hide: Path | None = None) -> str:
     text = one_line(error)
     if hide is not None:
         text = text.replace(f"{hide}{os.sep}", "").replace(str(hide), hide.name)
-    return (text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}...").rstrip(".")
+    return shortened(text).rstrip(".")
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that is too long for a message."""
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
 
 
 _RESOURCES = {

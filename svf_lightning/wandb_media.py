@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from svf_lightning.figures import draw_all
 from svf_lightning.registry import known
 from svf_lightning.run.directory import CONFIG, SUMMARY
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.summary import read_summary
-from svf_lightning.trajectory import open_trajectory, trajectory_parts
+from svf_lightning.trajectory import trajectory_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,7 @@ def run_media(run_dir: Path) -> tuple[dict[str, Any], int]:
     """
     import wandb
 
-    dataset = open_trajectory(run_dir)
+    dataset = open_sound(run_dir)
     drawn = draw_all(dataset, among=lambda figure: figure.logged)
     media: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
     if claims := read_summary(run_dir).get("claims"):

@@ -191,6 +191,9 @@ class Capture(Driver, default=True):
         """
         STOP.check()
         if outputs is None:
+            if self._pending is not None and self._pending.probe.part is not None:
+                self._measure([self._pending])  # of a checkpoint that failed midway; so metrics forget its parts
+                self._pending = None
             return
         with torch.inference_mode():
             probe = pl_module.probe()  # type: ignore[operator]

@@ -19,7 +19,8 @@ class CheckpointTable(RowSink):
     """Prints one line per checkpoint of the run directory, whenever it was measured, and what went wrong.
 
     The columns are the quantities that have a title for one (``Quantity.column``), as means over heads. Below it:
-    checkpoints that failed, with the reason, and steps whose weights are the same, bit for bit.
+    checkpoints that no curve shows, with the reason: those that failed, and those whose weights are not what they say
+    they are.
     """
 
     def consume(self, rows: Rows) -> None:
@@ -51,17 +52,8 @@ class CheckpointTable(RowSink):
             for k, step in enumerate(trajectory["step"].values):
                 table.add_row(f"{step:,}", *(f"{means[k]:.3f}" for means in columns.values()))
             out.print(table)
-            for steps in _same_weights(trajectory["step"].values, trajectory["weight_hash"].values):
-                shown = ", ".join(f"{step:,}" for step in steps)
-                out.print(Text(f"steps {shown} have the same weights, bit for bit"), style="yellow")
-        for entry in Ledger(run_dir).entries():
-            if entry.status == "failed":
-                out.print(Text(f"step {entry.step:,} failed: {entry.error}"), style="red")
-
-
-def _same_weights(steps: object, hashes: object) -> list[list[int]]:
-    """Groups of steps with equal hashes."""
-    groups: dict[str, list[int]] = {}
-    for step, weight_hash in zip(steps, hashes, strict=True):  # type: ignore[call-overload]
-        groups.setdefault(str(weight_hash), []).append(int(step))
-    return [group for group in groups.values() if len(group) > 1]
+        for step, why in Ledger(run_dir).left_out().items():
+            failed = why.startswith("failed")
+            out.print(Text(f"step {step:,} {why}", style="red" if failed else "yellow"))
+            if not failed:
+                out.print(Text("  it is left out of curves and figures", style="dim"))

@@ -13,10 +13,11 @@ from svf_lightning.callbacks.base import RowSink, Status, quantities_of
 from svf_lightning.rows import Rows, scalar_variables
 from svf_lightning.run.changes import changes_of
 from svf_lightning.run.claims import Claim, Verdict
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.settings import Experiment, Run
 from svf_lightning.run.summary import Result, ends, summarize
 from svf_lightning.terminal import console
-from svf_lightning.trajectory import has_trajectory, open_trajectory
+from svf_lightning.trajectory import has_trajectory
 
 _ROOM_FOR_LABELS = 96  # a terminal with this many columns has room for labels
 
@@ -76,7 +77,7 @@ class RunSummary(RowSink):
         last = replace(last, status=status, seconds=seconds, quantities=quantities)
         if not has_trajectory(run_dir):  # there was no TrajectoryWriter
             return replace(last, first={})
-        trajectory = open_trajectory(run_dir)
+        trajectory = open_sound(run_dir)
         scalars, steps = scalar_variables(trajectory), trajectory["step"].values
         batch_dims = trajectory.attrs["batch_dims"]
         first, final = ends(scalars, batch_dims)

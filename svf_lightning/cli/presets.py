@@ -44,13 +44,25 @@ def presets(folder: str = "") -> list[str]:
 def with_preset(line: CommandLine) -> list[str]:
     """The arguments with a configuration: the one given, else that of the run that goes on, else the default preset.
 
+    What is measured again has the settings of its run first, and those that are given after them.
+
     Raises:
-        InputError: The configuration that was given is neither a file nor a preset.
+        InputError: The configuration that was given is neither a file nor a preset, or there is no run to measure
+            again.
     """
     command = line.command
     if command is None:
         return list(line.args)
     folder = folder_of(command)
+    if again := line.option("--remeasure"):
+        if not folder or not is_replay(Path(again)):
+            raise InputError(
+                f"--remeasure {again}: that is no replay. Allowed: the directory of a run that `replay` made. Fix: "
+                "check the path."
+            )
+        args = line.with_values(lambda name: _config_file(name, folder), *CONFIG_FLAGS)
+        at = args.index(command) + 1
+        return [*args[:at], "--config", str(Path(again) / CONFIG), *args[at:]]
     if line.values(*CONFIG_FLAGS):
         return line.with_values(lambda given: _config_file(given, folder), *CONFIG_FLAGS)
     run_dir: Path | None = None

@@ -22,6 +22,7 @@ from svf_lightning.callbacks import TrajectoryWriter
 from svf_lightning.callbacks.base import Driver, ProbeMetric, RowSink, quantities_of
 from svf_lightning.cli.checkpoint_io import WholeCheckpointIO
 from svf_lightning.cli.messages import explain, quiet_the_libraries
+from svf_lightning.cli.naming import name_by_what_is_measured
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
 from svf_lightning.cli.trainer_options import AtTheStart, check_options, give_way, place_loggers
 from svf_lightning.errors import InputError, bad_value, one_line, reason
@@ -29,6 +30,7 @@ from svf_lightning.files import is_file, write_text
 from svf_lightning.run.checkpoint import has_training_state, read_checkpoint
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG, check_free, is_replay, new_run_dir, read_config
 from svf_lightning.run.identity import check_same_metrics, metric_identity
+from svf_lightning.run.ledger import Ledger
 from svf_lightning.run.lineage import (
     SETTINGS,
     Parent,
@@ -51,7 +53,7 @@ from svf_lightning.wandb_logger import RunLogger
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"
 _RUNS = Path("runs")
 # these say where a run begins and goes, and what is drawn of it
-_NOT_SETTINGS = ("config", "ckpt_path", "weights_only", "run_dir", "overwrite", "report")
+_NOT_SETTINGS = ("config", "ckpt_path", "weights_only", "run_dir", "overwrite", "report", "remeasure")
 
 
 class RunCLI(LightningCLI):
@@ -432,6 +434,29 @@ class ReplayCLI(RunCLI):
         """The subcommand, with the trainer arguments that do not come from the command line."""
         return {"replay": {"model", "datamodule"}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a replay has more."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--remeasure",
+            type=str | None,
+            default=None,
+            help="Directory of a replay whose checkpoints are to be measured again, with its settings and those of "
+            "this call; its own rows stay as they are.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and name the run by what it measures."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        files = CommandLine(args, COMMANDS).values(*CONFIG_FLAGS)
+        parser_of_it = self.parser_of[self.config.subcommand]
+        line = name_by_what_is_measured(
+            config, args, files, lambda chosen: parser_of_it.parse_args([f"--config={file}" for file in chosen])
+        )
+        if line and "LOCAL_RANK" not in os.environ:
+            say(line)
+
     def _choose_run_dir(self, config: Namespace) -> Path:
         inherited = os.environ.get(_RUN_DIR)  # processes of further devices run the same command line
         if inherited is not None and "LOCAL_RANK" in os.environ:
@@ -439,6 +464,8 @@ class ReplayCLI(RunCLI):
         run_dir = Path(config.run_dir) if config.run_dir else new_run_dir(config.experiment.name, _RUNS)
         if not is_replay(run_dir):
             check_free(run_dir)
+            if config.remeasure:
+                self.parent = Parent(config.remeasure)
         os.environ[_RUN_DIR] = str(run_dir)
         return run_dir
 
@@ -455,8 +482,12 @@ class ReplayCLI(RunCLI):
             say("every checkpoint is there already: nothing to replay")
 
     def after_replay(self) -> None:
-        """Tell by the exit code whether every checkpoint is there."""
-        self.exit_code = 1 if self.datamodule.missing(self.run_dir) else 0
+        """Tell by the exit code whether every checkpoint is there; with ``strict``, and none is flagged."""
+        flagged = Ledger(self.run_dir).flagged() if self.datamodule.strict else {}
+        if flagged:
+            steps = ", ".join(f"{step:,}" for step in flagged)
+            say(f"svf-lightning: --data.strict=true, and these steps are flagged: {steps}")
+        self.exit_code = 1 if flagged or self.datamodule.missing(self.run_dir) else 0
 
 
 class Interrupted(Exception):

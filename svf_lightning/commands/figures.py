@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from svf_lightning.errors import DamagedError, InputError, bad_value
 from svf_lightning.files import write_text
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.terminal import say
-from svf_lightning.trajectory import TRAJECTORY, open_trajectory
+from svf_lightning.trajectory import TRAJECTORY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,7 +51,7 @@ def figures(
     """
     if across:
         return _across(Path(source), Path(target), names, title, scale)
-    dataset = open_trajectory(source)
+    dataset = open_sound(source)
     for figure, options in _chosen(dataset, names, x_axis):
         path = Path(target) / f"{figure.name}.{format}"
         if format == "csv":
@@ -93,6 +94,6 @@ def _across(folder: Path, out: Path, metrics: tuple[str, ...], title: str | None
             f"{folder} holds no runs. Allowed: a folder whose sub-folders are run directories, named by their values. "
             "Fix: train them with --run_dir=FOLDER/VALUE."
         )
-    datasets = {path.name: open_trajectory(path) for path in runs}
+    datasets = {path.name: open_sound(path) for path in runs}
     save_image(across_runs(datasets, title or folder.name, metrics or "alignment/matched"), out, scale=scale)
     return out

@@ -20,11 +20,11 @@ from svf_lightning.rows import Rows
 from svf_lightning.run.changes import changes_of
 from svf_lightning.run.directory import CONFIG, command_of, read_config
 from svf_lightning.run.identity import wandb_name
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.settings import Experiment
 from svf_lightning.run.summary import read_summary
 from svf_lightning.sweep.results import TRIALS, Sweep, is_sweep
 from svf_lightning.terminal import say
-from svf_lightning.trajectory import open_trajectory
 from svf_lightning.wandb_logger import STEP_METRIC, RunLogger, is_being_logged
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class _Run(NamedTuple):
                 "run_dir", str(path), f"a directory with {CONFIG} and a trajectory, as `fit` and `replay` make it",
                 "pass the directory that the run printed as its last line",
             )  # fmt: skip
-        return cls(path, read_config(path), read_summary(path), open_trajectory(path))
+        return cls(path, read_config(path), read_summary(path), open_sound(path))
 
     @property
     def is_finished(self) -> bool:

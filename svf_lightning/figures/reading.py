@@ -158,7 +158,10 @@ def sizes_in_words(dataset: xr.Dataset) -> str:
     if "feature" in sizes and "d_model" in sizes:
         parts.insert(0, f"{count_of(sizes['feature'], 'feature')} in {sizes['d_model']} dimensions")
     first, last = (int(dataset["step"].values[i]) for i in (0, -1))
-    return " · ".join([*parts, f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"])
+    parts.append(f"step {last:,}" if first == last else f"steps {first:,} to {last:,}")
+    if left_out := dataset.attrs.get("left_out"):  # of a replay: checkpoints that failed, or are flagged
+        parts.append(f"without {count_of(len(left_out), 'checkpoint')}")
+    return " · ".join(parts)
 
 
 def mean_of_finite(values: np.ndarray, axis: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from svf_lightning.figures.look import as_text
 from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.run import in_words
 from svf_lightning.run.directory import read_config
+from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.summary import read_summary
-from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -44,7 +44,7 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path = "comparis
             "run directories", [str(f) for f in folders], "two or more different ones", "name each run once"
         )
     runs = dict(zip(_names(folders), folders, strict=True))
-    datasets = {name: open_trajectory(folder) for name, folder in runs.items()}
+    datasets = {name: open_sound(folder) for name, folder in runs.items()}
     sections = [
         Section("Claims", "What each run measured, and whether that is what the claim needs.", tables=claims)
         for claims in [_claims(runs)]

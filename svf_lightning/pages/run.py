@@ -15,9 +15,10 @@ from svf_lightning.pages.explorer import time_slider
 from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.words import head_picker
 from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, read_config
+from svf_lightning.run.ledger import open_sound
+from svf_lightning.run.lineage import Parent, described
 from svf_lightning.run.summary import read_summary
 from svf_lightning.sentences import Sentence, joined
-from svf_lightning.trajectory import open_trajectory
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,7 +42,7 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
         InputError: There is no trajectory, or it cannot be read.
     """
     run_dir = Path(run_dir)
-    dataset = open_trajectory(run_dir)
+    dataset = open_sound(run_dir)
     summary, config = read_summary(run_dir), read_config(run_dir)
     experiment = summary.get("experiment") or (config.get("experiment") or {}).get("name") or run_dir.parent.name
     command = f"python -m svf_lightning {command_of(run_dir, config)} --config {run_dir / CONFIG}"
@@ -58,8 +59,19 @@ def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
             sections += _words(dataset)
     path = Path(out) if out else run_dir / REPORT
     about = [f"run {run_dir.name}", "replay of a language model" if is_replay(run_dir) else "toy model"]
+    if parent := Parent.read(run_dir):
+        about.append(_origin(parent))
     write_page(path, experiment, " · ".join(about), sections)
     return path
+
+
+def _origin(parent: Parent) -> str:
+    """Where a run comes from, as a part of a heading."""
+    name = Path(parent.run).name
+    if not parent.checkpoint:
+        return f"measured again from run {name}"
+    changed = f", where {described(parent.differences)}" if parent.differences else ""
+    return f"from step {parent.step:,} of run {name}{changed}"
 
 
 def _section(name: str, drawn: go.Figure, dataset: xr.Dataset) -> Section:
@@ -104,7 +116,11 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
         ended = _ENDED[summary["status"]] if "status" in summary else "ended"
         text = f"{hold}. The run {ended} at step {summary.get('steps', last):,}{after}."
         tables = _claims(summary)
-    text = joined([text, _diverged(dataset), "The command below repeats it."])
+    left_out = dataset.attrs["left_out"]
+    if left_out:
+        rows = [[f"{step:,}", why] for step, why in left_out.items()]
+        tables.append(Table(["step", "left out, as it"], rows, frozenset(["left out, as it"])))
+    text = joined([text, _left_out(left_out), _diverged(dataset), "The command below repeats it."])
     settings = [
         [f"{part}.{name}", json.dumps(value)]
         for part in ("model", "data", "trainer", "capture")
@@ -116,6 +132,14 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
         if rows:
             tables.append(Table(titles, rows, frozenset(titles), folded=f"{len(rows)} {titles[0]}s"))
     return Section("Verdict", text, tables=tables, commands=[command])
+
+
+def _left_out(checkpoints: Mapping[int, str]) -> Sentence | None:
+    """How many checkpoints no curve shows; None if all are shown."""
+    if not checkpoints:
+        return None
+    words = f"these {len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "one checkpoint"
+    return Sentence(f"No curve shows {words}.", {"step": np.array(list(checkpoints))}, True)
 
 
 def _diverged(dataset: xr.Dataset) -> Sentence | None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
-from svf_lightning.errors import InputError, bad_value
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from svf_lightning.errors import InputError, bad_value, reason
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
 
 Processing = Literal["folded", "raw"]
+_FOLDED, _FOLDED_ROUNDINGS = 1e-4, 8.0  # how far a folded norm may be from a plain one: this, or roundings of its type
 
 
 def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") -> TransformerBridge:
@@ -43,12 +49,49 @@ def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") ->
             bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
             if processing == "folded":
                 bridge.enable_compatibility_mode(disable_warnings=True)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except Exception as error:  # whatever it stumbles over; some architectures end in a bare assertion
             raise InputError(
-                f"TransformerLens cannot take a {architecture} in {processing} mode ({reason}). "
+                f"TransformerLens cannot take a {architecture} in {processing} mode ({reason(error)}). "
                 "Allowed: architectures that its TransformerBridge supports. Fix: try processing=raw, or another model."
             ) from error
         finally:
             root.setLevel(level)
     return bridge
+
+
+@torch.inference_mode()
+def check_folded(bridge: TransformerBridge, tokens: Int[Tensor, "batch n"]) -> None:
+    """Check that the heads of a bridge in folded mode read normalized residuals, and nothing multiplies these.
+
+    Args:
+        bridge: In folded mode.
+        tokens: Any input.
+
+    Raises:
+        InputError: TransformerLens left the normalization as it was, as where it multiplies by 1 + weight.
+    """
+    normalized: dict[int, Tensor] = {}
+    read: dict[int, Tensor] = {}
+
+    def keep(kept: dict[int, Tensor], layer: int) -> Any:
+        def hook(tensor: Tensor, hook: Any) -> None:
+            kept[layer] = tensor.clone()
+
+        return hook
+
+    hooks: list[tuple[str | Callable[..., Any], Callable[..., Any]]] = []
+    for layer in range(len(bridge.blocks)):
+        for name, kept in ((f"blocks.{layer}.ln1.hook_normalized", normalized), (f"blocks.{layer}.attn.hook_in", read)):
+            if name in bridge.hook_dict:
+                hooks.append((name, keep(kept, layer)))
+    bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    for layer in sorted(normalized.keys() & read.keys()):
+        before, after = normalized[layer].float(), read[layer].float()
+        tolerance = max(_FOLDED, _FOLDED_ROUNDINGS * torch.finfo(read[layer].dtype).eps)
+        off = float((after - before).abs().max() / before.abs().max())
+        if off > tolerance:
+            raise InputError(
+                f"TransformerLens does not fold the normalization of a {type(bridge.original_model).__name__} into its "
+                f"weights (layer {layer} reads what is off by {off:.2g}). Allowed: processing=raw, which leaves all "
+                "weights as they are. Fix: --model.processing=raw."
+            )

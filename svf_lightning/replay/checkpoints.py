@@ -21,10 +21,12 @@ from svf_lightning.replay.model_files import (
     check_causal_lm,
     check_fast,
     has_tokenizer,
+    load_config,
     load_folder,
     load_pretrained,
     load_tokenizer,
     no_bar,
+    vocabulary_hash,
 )
 from svf_lightning.replay.source import (
     CheckpointRef,
@@ -36,7 +38,7 @@ from svf_lightning.replay.source import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class FolderCheckpoints(CheckpointSource):
@@ -62,6 +64,7 @@ class FolderCheckpoints(CheckpointSource):
                 "checkpoint-<N>, or a model folder. Fix: check the path."
             )
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._vocabulary = ""
 
     @property
     def _name(self) -> str:
@@ -119,8 +122,20 @@ class FolderCheckpoints(CheckpointSource):
                     f"folder={str(self.folder)!r} has no tokenizer, in the checkpoints or beside them. Allowed: "
                     f"{', '.join(VOCABULARIES[:3])} or the like. Fix: save it there (tokenizer.save_pretrained)."
                 )
-            self._tokenizer = load_tokenizer(*chosen)
+            self._tokenizer, self._vocabulary = load_tokenizer(*chosen), vocabulary_hash(chosen[0])
         return self._tokenizer
+
+    def config(self) -> PretrainedConfig | None:
+        """That of the first checkpoint."""
+        return load_config(self._path(self.refs()[0]))
+
+    def other_tokenizer(self, ref: CheckpointRef) -> PreTrainedTokenizerBase | None:
+        """That of the checkpoint's own folder, if it is another one."""
+        self.tokenizer()
+        place = self._path(ref)
+        if not has_tokenizer(place) or vocabulary_hash(place) == self._vocabulary:
+            return None
+        return load_tokenizer(place, self._where(ref))
 
     def load(self, ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> LoadedCheckpoint:
         """Read a checkpoint into memory."""
@@ -171,6 +186,10 @@ class GGUFCheckpoint(CheckpointSource):
     def identity(self) -> dict[str, str]:
         """Kind and the file's name."""
         return {"kind": "gguf", "name": self.file.name}
+
+    def model_name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
 
     def refs(self) -> list[CheckpointRef]:
         """The file."""
@@ -261,6 +280,11 @@ class ModelCheckpoints(CheckpointSource):
         """Kind and name."""
         return {"kind": "models", "name": self.name}
 
+    def config(self) -> PretrainedConfig | None:
+        """That of the first model, unless a function has to make it."""
+        first: Any = self.models[min(self.models)]
+        return first.config if isinstance(first, torch.nn.Module) else None  # type: ignore[return-value]
+
     def refs(self) -> list[CheckpointRef]:
         """One per model."""
         return [CheckpointRef(step, f"step{step}") for step in sorted(self.models)]
@@ -290,6 +314,12 @@ class ModelCheckpoints(CheckpointSource):
             raise InputError(
                 f"{where} is not a causal language model ({type(made).__name__} has no output embeddings). Allowed: a "
                 "model with its language modelling head. Fix: load it with AutoModelForCausalLM."
+            )
+        absent = [name for name, tensor in made.state_dict().items() if tensor.is_meta]
+        if absent:
+            raise CheckpointError(
+                f"{where} is not in memory ({absent[0]} is on the disk or nowhere, as device_map leaves it); load it "
+                "without device_map."
             )
         model = copy.deepcopy(made).to("cpu")
         del made

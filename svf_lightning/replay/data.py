@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value, shortened
 from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, ioi_prompts, read_prompts
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource
 from svf_lightning.run.ledger import Ledger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IOI = "ioi"
 
@@ -49,6 +52,7 @@ class ReplayData(pl.LightningDataModule):
         batch_size: Prompts that go through the model together.
         seed: Seed of the IOI prompts.
         prepend_bos: Begin prompts with the beginning-of-sequence token; null: as the tokenizer does.
+        strict: Fail (exit code 1) if a checkpoint is flagged, as its weights are not what they say they are.
 
     Raises:
         InputError: An option out of range.
@@ -62,6 +66,7 @@ class ReplayData(pl.LightningDataModule):
         batch_size: int = 32,
         seed: int = 0,
         prepend_bos: bool | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("n_prompts", n_prompts), ("batch_size", batch_size)):
@@ -69,6 +74,7 @@ class ReplayData(pl.LightningDataModule):
                 raise bad_value(name, value, "an integer >= 1", f"change --data.{name}")
         self.source, self.prompts_from = source, prompts
         self.n_prompts, self.batch_size, self.seed, self.prepend_bos = n_prompts, batch_size, seed, prepend_bos
+        self.strict = strict
         self._prompts: list[Prompt] | None = None
         self._refs: list[CheckpointRef] | None = None
 
@@ -80,19 +86,41 @@ class ReplayData(pl.LightningDataModule):
             InputError: The prompts do not fit the tokenizer, or the file cannot be read.
         """
         if self._prompts is None:
-            tokenizer = self.source.tokenizer()
-            if self.prompts_from == IOI:
-                prompts = ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
-            else:
-                prompts = read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
+            prompts = self._read(self.source.tokenizer())
             lonely = next((p for p in prompts if p.query < 1), None)
             if lonely is not None:
                 raise InputError(
                     f"the prompt {lonely.text!r} has its query at the first token, which sees no other key. "
                     "Allowed: a query at a later token. Fix: change the prompt, or its query."
                 )
-            self._prompts = sorted(prompts, key=lambda p: (p.key - p.query, p.query))
+            self._prompts = sorted(prompts, key=_order)
         return self._prompts
+
+    def _read(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        if self.prompts_from == IOI:
+            return ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
+        return read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
+
+    def check_tokenizer(self, ref: CheckpointRef) -> None:
+        """Check that a checkpoint's own tokenizer, if it has one, reads the prompts as the shared one does.
+
+        Args:
+            ref: A checkpoint that is on this machine.
+
+        Raises:
+            CheckpointError: It does not, or cannot be read.
+        """
+        try:
+            other = self.source.other_tokenizer(ref)
+            prompts = [] if other is None else self._read(other)
+        except InputError as error:
+            raise CheckpointError(f"{ref.name} has another tokenizer, which cannot be used: {error}") from error
+        for prompt, expected in zip(sorted(prompts, key=_order), self.prompts, strict=False):
+            if prompt != expected:
+                raise CheckpointError(
+                    f"{ref.name} has another tokenizer: it reads {shortened(repr(expected.text))} as other tokens than "
+                    "that of the other checkpoints"
+                )
 
     @property
     def refs(self) -> list[CheckpointRef]:
@@ -115,6 +143,10 @@ class ReplayData(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the prompts."""
         return ReplayBatch(batch.ref, batch.upcoming, batch.part, batch.prompts.to(device))
+
+
+def _order(prompt: Prompt) -> tuple[int, int]:
+    return prompt.key - prompt.query, prompt.query
 
 
 class _Batches:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from svf_lightning.errors import InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value
 from svf_lightning.heads import AttentionHeads, HeadSVD, bridge_attentions, verified_qr, verified_svd
 from svf_lightning.probe import AttendedScores
 from svf_lightning.rotary import Layout, rotate
@@ -31,8 +31,12 @@ Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 _KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
 _ORTHONORMAL = 1e-9  # largest deviation of Q from orthonormal, in float64; Q is used in float32
 _CAPPED = 1 - 1e-6  # a score at its cap would be infinite before the cap
-# share of the largest score; coarser types than float32 are not checked
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+# How far rebuilt scores may be from the model's own: this much of the largest score of a head, and 8 rounding errors of
+# the scores' type at least (0.008 in float16, 0.06 in bfloat16). Those of right models were measured to be off by 0.7
+# to 1.7 rounding errors in these two, and by 2 to 5 in float32.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_ROUNDINGS = 8.0
+_NOT_BILINEAR = 1e-2  # from here on, a difference does not come from rounding: the scores have another form
 
 
 class Decomposition(NamedTuple):
@@ -64,7 +68,8 @@ def decompose_attention(
 
     Raises:
         InputError: Positions out of range, or a model whose scores are not this bilinear form (QK-norm, ALiBi, ...):
-            every result is compared with the scores that the model itself computed.
+            every result is compared with the scores that the model itself computed, in every dtype.
+        CheckpointError: Numbers beyond the range of the weights' dtype, or scores that differ by more than rounding.
     """
     space = HeadSpace(bridge)
     return space.decompose(space.observe(tokens, query), key)
@@ -77,8 +82,9 @@ class Observed:
     Args:
         query: Positions of the queries [batch].
         logits: Next-token logits at the queries [batch, vocabulary].
-        x: Normalized residual at the query, with a 1 appended if the heads have biases [layer, batch, D'].
-        keys: Key vectors before rotation, with their bias [layer, batch, n, key_head, H].
+        x: Normalized residual at the query, with a 1 appended if the heads have biases; float32 at least
+            [layer, batch, D'].
+        keys: Key vectors before rotation, with their bias; float32 at least [layer, batch, n, key_head, H].
         scores: The model's own scores of the query, after a soft cap, before the softmax [layer, head, batch, n].
         pattern: The model's attention weights of the query [layer, head, batch, n].
         rotation: cos and sin of the rotary embedding [layer, n, rotary], or None.
@@ -110,12 +116,13 @@ class HeadSpace:
 
     Raises:
         InputError: The model's scores are no bilinear form of the residual stream.
+        CheckpointError: Weights beyond the range of their dtype.
     """
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge = bridge
         attentions = bridge_attentions(bridge)
-        self.heads = heads = AttentionHeads.from_bridge(bridge)
+        self.heads = heads = _at_least_float32(AttentionHeads.from_bridge(bridge))
         self.n_layers, self.n_heads, self.d_head = heads.W_Q.shape[:3]
         self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.has_bias)
         self._repeats = self.n_heads // bridge.W_K.shape[1]
@@ -125,6 +132,9 @@ class HeadSpace:
         self._windows = _windows(bridge)
         Q, A = [], []
         W_Q, W_K = heads.factors()
+        for W in (W_Q, W_K):
+            if not bool(torch.isfinite(W).all()):  # finite before normalization was folded in
+                raise _overflow("weights of the heads", bridge.cfg.dtype)
         shared = W_K[:, :: self._repeats]  # QR once for all query heads that share the keys
         for W in (W_Q, shared):
             # one layer at a time: float64 copies of all heads would be as large as a small model
@@ -144,15 +154,16 @@ class HeadSpace:
 
         Raises:
             InputError: Positions out of range.
+            CheckpointError: Numbers beyond the range of the weights' dtype.
         """
         tokens, query = tokens.to(self.heads.W_Q.device), query.to(self.heads.W_Q.device)
         _check_positions("query", query, len(tokens), tokens.shape[1] - 1)
         batch = torch.arange(len(tokens), device=tokens.device)
-        kept: dict[str, list[Tensor]] = {name: [] for name in ("x", "keys", "scores", "pattern", "cos", "sin")}
+        kept: dict[str, dict[int, Tensor]] = {name: {} for name in ("x", "keys", "scores", "pattern", "cos", "sin")}
 
-        def keep(name: str, pick: Any = lambda t: t) -> Any:
+        def keep(name: str, layer: int, pick: Any = lambda t: t) -> Any:
             def hook(tensor: Tensor, hook: Any) -> None:
-                kept[name].append(pick(tensor).clone())
+                kept[name][layer] = pick(tensor).clone()
 
             return hook
 
@@ -160,27 +171,58 @@ class HeadSpace:
         for layer in range(self.n_layers):
             attention = f"blocks.{layer}.attn"
             hooks += [
-                (f"{attention}.hook_in", keep("x", lambda x: x[batch, query])),
-                (f"{attention}.hook_k", keep("keys")),
-                (f"{attention}.hook_attn_scores", keep("scores", lambda s: s[batch, :, query])),
-                (f"{attention}.hook_pattern", keep("pattern", lambda p: p[batch, :, query])),
+                (f"{attention}.hook_in", keep("x", layer, lambda x: x[batch, query])),
+                (f"{attention}.hook_k", keep("keys", layer)),
+                (f"{attention}.hook_attn_scores", keep("scores", layer, lambda s: s[batch, :, query])),
+                (f"{attention}.hook_pattern", keep("pattern", layer, lambda p: p[batch, :, query])),
             ]
             if self._is_rotary:
-                hooks += [(f"{attention}.hook_{part}", keep(part, lambda t: t[0])) for part in ("cos", "sin")]
+                hooks += [(f"{attention}.hook_{part}", keep(part, layer, lambda t: t[0])) for part in ("cos", "sin")]
+        absent = sorted({str(name).rsplit(".", 1)[-1] for name, _ in hooks if name not in self.bridge.hook_dict})
+        if absent:
+            raise self._not_shown(absent)
         logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-        x = torch.stack(kept["x"])
+        silent = [name for name in ("x", "keys", "scores", "pattern") if len(kept[name]) < self.n_layers]
+        if silent:
+            raise self._not_shown(silent)
+        x, keys, scores, pattern = (
+            torch.stack([kept[name][layer] for layer in range(self.n_layers)])
+            for name in ("x", "keys", "scores", "pattern")
+        )
+        # sums over half precision would add errors of their own; the model's scores stay what they are
+        x, keys = x.to(self.heads.W_Q.dtype), keys.to(self.heads.W_Q.dtype)
         if self.heads.has_bias:
             x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-        rotation = (torch.stack(kept["cos"]), torch.stack(kept["sin"])) if kept["cos"] else None
-        return Observed(
+        observed = Observed(
             query,
             logits[batch, query],
             x,
-            torch.stack(kept["keys"]),
-            torch.stack(kept["scores"]).transpose(1, 2),
-            torch.stack(kept["pattern"]).transpose(1, 2),
-            rotation,
+            keys,
+            scores.transpose(1, 2),
+            pattern.transpose(1, 2),
+            self._rotation(kept["cos"], kept["sin"]),
             self._visible(query, tokens.shape[1]),
+        )
+        _check_range(observed)
+        return observed
+
+    def _rotation(self, cos: dict[int, Tensor], sin: dict[int, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Rotations of all layers; those without positions (NoPE) do not rotate."""
+        if not cos:
+            return None
+        straight = torch.ones_like(next(iter(cos.values())))
+        layers = range(self.n_layers)
+        return (
+            torch.stack([cos.get(layer, straight) for layer in layers]),
+            torch.stack([sin.get(layer, 0 * straight) for layer in layers]),
+        )
+
+    def _not_shown(self, what: list[str]) -> InputError:
+        architecture = type(self.bridge.original_model).__name__
+        return InputError(
+            f"TransformerLens does not show how a {architecture} comes to its scores (no {', '.join(what)}). Allowed: "
+            "architectures whose attention it takes apart, such as GPT-2, GPT-NeoX, Llama, Qwen2. Fix: use another "
+            "model."
         )
 
     def _visible(self, query: Tensor, n: int) -> Tensor:
@@ -262,6 +304,7 @@ class HeadSpace:
 
         Raises:
             InputError: As :func:`decompose_attention`.
+            CheckpointError: As there.
         """
         key = _checked_keys(key, observed.query)
         rotated = self._rotated(observed)
@@ -281,7 +324,7 @@ class HeadSpace:
             coordinates_of["direction"][:, :, group] = (coordinates[:, :, group] @ V).float()
             coordinates_of["S"][:, :, group] = S[:, :, None].float()
         batch = torch.arange(len(key), device=key.device)
-        return AttendedScores(**coordinates_of, attention=observed.pattern[:, :, batch, key], error=error)
+        return AttendedScores(**coordinates_of, attention=observed.pattern[:, :, batch, key].float(), error=error)
 
     def svd(self, observed: Observed, query: int, key: int) -> HeadSVD:
         """Core SVD [layer, head, H, R] of the offset from a query position to a key position."""
@@ -344,7 +387,8 @@ class HeadSpace:
             Largest difference, relative to the largest score [layer, head].
 
         Raises:
-            InputError: They differ.
+            InputError: They differ, so much that it is no rounding.
+            CheckpointError: They differ by more than rounding explains.
         """
         towards = torch.einsum("lhbi,lhij->lbhj", a, self._A_q * self.heads.scale)
         if observed.rotation is not None:
@@ -360,16 +404,61 @@ class HeadSpace:
         difference = (scores - observed.scores).masked_fill(hidden, 0).abs().amax((-2, -1))
         size = scores.masked_fill(hidden, 0).abs().amax((-2, -1))
         error = difference / size.clamp_min(torch.finfo(torch.float32).tiny)
-        tolerance = _TOLERANCE.get(observed.scores.dtype)
-        if tolerance is not None and bool((error > tolerance).any()):
-            layer, head = divmod(int(error.argmax()), self.n_heads)
-            raise InputError(
-                f"the scores of head {head} in layer {layer} are not the bilinear form of its weights (off by "
-                f"{float(error.max()):.2g} of the largest). Allowed: dot products with biases, rotary positions, "
-                "grouped queries and soft caps. Fix: use another model."
+        # where all products cancel, rounding is that of a score of unrelated vectors of this length, |q| |k| / sqrt(H)
+        longest = rotated.norm(dim=-1).masked_fill(~observed.is_key[..., None], 0).amax(2)
+        usual = (grouped.norm(dim=-1) * longest[..., None]).flatten(2).amax(1) / self.d_head**0.5
+        dtype = observed.scores.dtype
+        share = max(_TOLERANCE.get(dtype, 0.0), _ROUNDINGS * torch.finfo(dtype).eps)
+        beyond = difference > share * torch.maximum(size, usual)
+        if bool(beyond.any()):
+            worst = torch.where(beyond, error, 0.0)
+            layer, head = divmod(int(worst.argmax()), self.n_heads)
+            off = float(worst.max())
+            if off > _NOT_BILINEAR:
+                raise InputError(
+                    f"the scores of head {head} in layer {layer} are not the bilinear form of its weights (off by "
+                    f"{off:.2g} of the largest). Allowed: dot products with biases, rotary positions, "
+                    "grouped queries and soft caps. Fix: use another model."
+                )
+            raise CheckpointError(
+                f"the rebuilt scores of head {head} in layer {layer} are off by {off:.2g} of the largest, more than "
+                f"the {share:.2g} that rounding in {_name(dtype)} explains"
             )
         relative: Tensor = error.float()
         return relative
+
+
+def _check_range(observed: Observed) -> None:
+    """Check that what a forward pass has left is finite.
+
+    Raises:
+        CheckpointError: It is not: the numbers are beyond the range of their type.
+    """
+    seen = observed.scores.masked_fill(~observed.is_key[:, None], 0)
+    parts = {"residuals": observed.x, "keys": observed.keys, "scores": seen}
+    finite = torch.stack([torch.isfinite(values).flatten(1).all(1) for values in parts.values()], dim=1)  # [layer, 3]
+    if not bool(finite.all()):
+        layer, part = divmod(int(finite.flatten().int().argmin()), len(parts))  # what comes after it follows from it
+        raise _overflow(f"the {list(parts)[part]} of layer {layer}", observed.scores.dtype)
+    if not bool(torch.isfinite(observed.logits).all()):
+        raise _overflow("the logits", observed.scores.dtype)
+
+
+def _overflow(what: str, dtype: torch.dtype) -> CheckpointError:
+    wider = {torch.float16: "; try --model.dtype=bfloat16 or float32"}.get(dtype, "")
+    largest = torch.finfo(dtype).max
+    return CheckpointError(f"{what} overflow: they are beyond the range of {_name(dtype)} ({largest:.3g}){wider}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _at_least_float32(heads: AttentionHeads) -> AttentionHeads:
+    """Heads whose factorizations are not rounded to half precision."""
+    wide = torch.promote_types(heads.W_Q.dtype, torch.float32)
+    b_Q, b_K = (None if bias is None else bias.to(wide) for bias in (heads.b_Q, heads.b_K))
+    return replace(heads, W_Q=heads.W_Q.to(wide), W_K=heads.W_K.to(wide), b_Q=b_Q, b_K=b_K)
 
 
 def _relative(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -24,11 +25,13 @@ from svf_lightning.replay.model_files import (
     FORMATS,
     SMALL_FILES,
     has_tokenizer,
+    load_config,
     load_folder,
     load_tokenizer,
     missing_files,
     no_bar,
     shard_files,
+    vocabulary_hash,
 )
 from svf_lightning.replay.source import (
     PYTHIA_STEPS,
@@ -40,15 +43,18 @@ from svf_lightning.replay.source import (
     select_steps,
     steps_near,
 )
+from svf_lightning.terminal import say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from huggingface_hub.hf_api import RepoSibling
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 _PRIVATE = ".svf-lightning-"  # prefix of folders that are deleted again
 _STALE_AFTER = 24 * 3600.0  # seconds without a download after which another process's folder counts as abandoned
 _TIMEOUT = 10.0  # seconds to wait for the hub's answer about a revision
-_FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_PIECE = 4 << 20  # bytes that are read at a time
+_FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 # Not attributes of the objects, as a source is copied and pickled with a module's hyperparameters.
 _LOCKS: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
@@ -116,6 +122,8 @@ class HubCheckpoints(CheckpointSource):
         self._sleep: Callable[[float], None] = time.sleep
         self._refs: list[CheckpointRef] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._config: PretrainedConfig | None = None
+        self._vocabulary = ""
         self._commits: dict[str, str] = {}  # by revision, from the hub
         self._downloaded: dict[str, str] = {}  # commits of the revisions in our own folder
         self._own: Path | None = None
@@ -126,6 +134,10 @@ class HubCheckpoints(CheckpointSource):
     def identity(self) -> dict[str, str]:
         """Kind and repository."""
         return {"kind": "hub", "repo": self.repo}
+
+    def model_name(self) -> str:
+        """The repository without its owner."""
+        return self.repo.rsplit("/", 1)[-1]
 
     def refs(self) -> list[CheckpointRef]:
         """The chosen revisions; asks the hub, once, which ones there are.
@@ -142,7 +154,7 @@ class HubCheckpoints(CheckpointSource):
     def _choose(self) -> list[CheckpointRef]:
         failure: Exception | None = None
         try:
-            self._commits = self._retry(self._ask_commits)
+            self._commits = self._retry(self._ask_commits, f"the revisions of {self.repo}")
         except Exception as error:  # the network, the hub and their libraries raise errors of many types
             if _status(error) in (401, 403, 404):
                 raise InputError(
@@ -193,6 +205,8 @@ class HubCheckpoints(CheckpointSource):
                     at_hand = self._bring(revision, weights=False)
                     if has_tokenizer(at_hand.folder):
                         self._tokenizer = load_tokenizer(at_hand.folder, f"{self.repo}@{revision}")
+                        self._vocabulary = vocabulary_hash(at_hand.folder)
+                    self._config = self._config or load_config(at_hand.folder)
                     if missing_files(at_hand.folder):
                         self._forget(revision)  # only the tokenizer was needed
         if self._tokenizer is None:
@@ -201,6 +215,19 @@ class HubCheckpoints(CheckpointSource):
                 "download a checkpoint, save a tokenizer beside it, and use FolderCheckpoints."
             )
         return self._tokenizer
+
+    def config(self) -> PretrainedConfig | None:
+        """That of the revision whose tokenizer is used."""
+        self.tokenizer()
+        return self._config
+
+    def other_tokenizer(self, ref: CheckpointRef) -> PreTrainedTokenizerBase | None:
+        """That of the revision, if it has one and it is another one."""
+        self.tokenizer()
+        folder = self._bring(ref.name).folder
+        if not has_tokenizer(folder) or vocabulary_hash(folder) == self._vocabulary:
+            return None
+        return load_tokenizer(folder, f"{self.repo}@{ref.name}")
 
     def fetch(self, ref: CheckpointRef) -> None:
         """Download a revision, unless it is on this machine already."""
@@ -264,7 +291,7 @@ class HubCheckpoints(CheckpointSource):
                 if not missing_files(at_hand.folder, weights=weights):
                     return at_hand
             try:
-                at_hand = self._retry(lambda: self._download(revision, weights=weights))
+                at_hand = self._retry(lambda: self._download(revision, weights=weights), where)
             except CheckpointError:
                 self._forget(revision)
                 raise
@@ -290,8 +317,8 @@ class HubCheckpoints(CheckpointSource):
     def _ask_commits(self) -> dict[str, str]:
         from huggingface_hub import HfApi
 
+        _no_endless_waits()
         api = HfApi(endpoint=self._endpoint)
-        # the next call has no timeout, so an unreachable hub must fail here
         api.model_info(self.repo, timeout=_TIMEOUT)
         refs = api.list_repo_refs(self.repo)
         return {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
@@ -299,32 +326,40 @@ class HubCheckpoints(CheckpointSource):
     def _download(self, revision: str, *, weights: bool) -> _AtHand:
         from huggingface_hub import HfApi
 
+        _no_endless_waits()
         info = HfApi(endpoint=self._endpoint).model_info(
-            self.repo, revision=self._commits.get(revision, revision), timeout=_TIMEOUT
+            self.repo, revision=self._commits.get(revision, revision), timeout=_TIMEOUT, files_metadata=True
         )
         commit = str(info.sha)
-        available = {file.rfilename for file in info.siblings or []}
+        available = {file.rfilename: file for file in info.siblings or []}
         where = f"{self.repo}@{revision}"
         if CONFIG not in available:
             raise CheckpointError(f"{where} is not a model: it has no {CONFIG}.")
         wanted = [name for name in SMALL_FILES if name in available]
         if not weights:
-            return _AtHand(self._download_files(revision, commit, wanted), commit)
+            return _AtHand(self._download_files(revision, commit, wanted, available), commit)
         starts = [name for single, _ in FORMATS for name in (single, f"{single}.index.json") if name in available]
         if not starts:
             raise CheckpointError(f"{where} has no weights in safetensors or PyTorch files.")
         # The index comes first: it names the shards, which may lie beside those of another format or an older upload.
-        folder = self._download_files(revision, commit, [*wanted, starts[0]])
+        folder = self._download_files(revision, commit, [*wanted, starts[0]], available)
         if starts[0].endswith(".index.json"):
             shards = shard_files(folder / starts[0])
             lost = [name for name in shards if name not in available]
             if lost:
                 raise CheckpointError(f"{where} is incomplete: it has no {lost[0]}.")
-            folder = self._download_files(revision, commit, shards)
+            folder = self._download_files(revision, commit, shards, available)
         # with keep, the name may lead to a newer commit by now
         return _AtHand(folder, folder.name if self.keep else commit)
 
-    def _download_files(self, revision: str, commit: str, names: list[str]) -> Path:
+    def _download_files(
+        self, revision: str, commit: str, names: list[str], described: Mapping[str, RepoSibling]
+    ) -> Path:
+        """Download files and compare them with what the hub says of them.
+
+        Raises:
+            OSError: One is missing, or has other bytes; that one is deleted again.
+        """
         from huggingface_hub import snapshot_download
 
         local_dir = None if self.keep else self._own_folder(revision)
@@ -345,16 +380,27 @@ class HubCheckpoints(CheckpointSource):
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:  # snapshot_download returns an incomplete folder if the hub fails midway
             raise OSError(f"{absent[0]} did not arrive")
+        for name in names:
+            if not _is_as_described(folder / name, described[name]):
+                real = (folder / name).resolve()  # in the cache, a link leads to it
+                (folder / name).unlink()
+                real.unlink(missing_ok=True)
+                if local_dir is not None:
+                    shutil.rmtree(local_dir / ".cache", ignore_errors=True)  # says that the file is there
+                raise OSError(f"{name} did not arrive as the hub describes it (size or checksum)")
         return folder
 
-    def _retry(self, attempt: Callable[[], _T]) -> _T:
+    def _retry(self, attempt: Callable[[], _T], what: str) -> _T:
         for tried in range(self.retries + 1):
             try:
                 return attempt()
             except Exception as error:  # network libraries raise errors of many types
                 if tried == self.retries or _is_final(error):
                     raise
-                self._sleep(min(2.0**tried, 60.0))
+                wait = min(2.0**tried, 60.0)
+                why = reason(error, hide=self._cache())
+                say(f"svf-lightning: {what}: {why}; trying again in {wait:g} s ({tried + 1} of {self.retries})")
+                self._sleep(wait)
         raise AssertionError  # not reached
 
     def _explain(self, error: Exception) -> str:
@@ -371,6 +417,32 @@ class HubCheckpoints(CheckpointSource):
             return "it is not in the cache, and the hub is switched off (HF_HUB_OFFLINE)"
         times = f" (tried {self.retries + 1} times)" if self.retries and not _is_final(error) else ""
         return f"{reason(error, hide=self._cache())}{times}"
+
+
+def _no_endless_waits() -> None:
+    """Give those requests of the hub's library a timeout that have none: a hub that stalls would hold a run up."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = _TIMEOUT
+
+
+def _is_as_described(file: Path, described: RepoSibling) -> bool:
+    """Whether a file has the size and the checksum that the hub gives for it, where it gives any."""
+    if described.size is not None and file.stat().st_size != described.size:
+        return False
+    checksum: Any
+    if described.lfs is not None:
+        expected, checksum = described.lfs.sha256, hashlib.sha256()
+    elif described.blob_id is not None:  # as git names it
+        expected, checksum = described.blob_id, hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    else:
+        return True
+    with file.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            checksum.update(piece)
+    return bool(checksum.hexdigest() == expected)
 
 
 def _step_of(revision: str) -> int | None:

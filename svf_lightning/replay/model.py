@@ -8,28 +8,38 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from svf_lightning import __version__
-from svf_lightning.errors import CheckpointError, InputError, bad_value
+from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line
 from svf_lightning.files import write_json
 from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Intervene, Outcome, Probe
-from svf_lightning.replay.bridge import Processing, make_bridge
+from svf_lightning.replay.bridge import Processing, check_folded, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
-from svf_lightning.replay.prompts import Prompt
+from svf_lightning.replay.model_files import hash_and_fingerprint
+from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, check_prompts_fit
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
 from svf_lightning.run.directory import IDENTITY
+from svf_lightning.run.fingerprint import Fingerprint
 from svf_lightning.run.identity import check_same_identity, metric_identity
 from svf_lightning.run.ledger import Entry, Ledger
 
-MEASUREMENT = 1  # version of the measurement: raise it when the same weights give other scores than before
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# versions of the measurement: raise one when the same weights give other scores than before
+MEASUREMENT = 1
+_MEASUREMENT_OF_HALF = 2  # in half precision: version 1 also rounded what is computed from the weights
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_N_COMPARED = 4  # prompts on which a bridge's logits are compared with those of plain transformers
+# how far these may be from each other, in the largest (centred) logit: this much, or 32 rounding errors
+_LOGIT_TOLERANCE, _LOGIT_ROUNDINGS = 1e-4, 32.0
 
 
 class CheckpointReplay(pl.LightningModule):
@@ -70,6 +80,8 @@ class CheckpointReplay(pl.LightningModule):
         self._pairs = named_pairs(features, self.feature_pairs) if isinstance(features, list) else None
         self._current: _Replayed | None = None
         self._failed: CheckpointRef | None = None
+        self._ready: tuple[CheckpointRef, _Replayed | CheckpointError] | None = None  # the first, from `check`
+        self._shapes: tuple[int, dict[str, str]] | None = None  # of the tensors of a measured step
         self._probe: Probe | None = None
         self._fetched: dict[CheckpointRef, Future[None]] = {}
         self._fetcher: ThreadPoolExecutor | None = None
@@ -90,7 +102,7 @@ class CheckpointReplay(pl.LightningModule):
             "dtype": self.dtype_name,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
-            "measurement": MEASUREMENT,
+            "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
 
@@ -107,38 +119,166 @@ class CheckpointReplay(pl.LightningModule):
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def check(self, trainer: pl.Trainer, data: ReplayData) -> None:
-        """Check that a run that goes on is the same run, before anything is written.
+        """Check that a run that goes on is the same run, and its first checkpoint, before anything is written.
 
         Raises:
-            InputError: It is another one, or the prompts do not fit the model.
+            InputError: It is another one, or the prompts do not fit the model, or its scores cannot be taken apart.
         """
         check_same_identity(Path(trainer.default_root_dir) / IDENTITY, self.identity(trainer, data))
+        config = data.source.config()
+        if config is not None:
+            check_prompts_fit(data.prompts, config, data.source.model_name())
+        if trainer.world_size == 1:
+            self._get_ready(trainer, data)
 
     def on_test_start(self) -> None:
         """Be what the directory says, and get ready to fetch ahead."""
-        path = Path(self.trainer.default_root_dir) / IDENTITY
-        identity = self.identity(self.trainer, self.data)
-        check_same_identity(path, identity)
+        self.check(self.trainer, self.data)
         if self.trainer.is_global_zero:
-            write_json(path, identity)
+            write_json(Path(self.trainer.default_root_dir) / IDENTITY, self.identity(self.trainer, self.data))
         self._fetcher = ThreadPoolExecutor(1, "svf-fetch")
 
     def test_step(self, batch: ReplayBatch, batch_idx: int) -> dict[str, Tensor] | None:
-        """Run one batch of prompts; None for a checkpoint that cannot be had."""
+        """Run one batch of prompts; None for a checkpoint that cannot be had, or cannot be trusted."""
         if self._failed == batch.ref:
             return None
-        if self._current is None or self._current.loaded.ref != batch.ref:
-            try:
-                self._current = self._load(batch)
-            except CheckpointError as error:
-                self._ledger.record(Entry(batch.ref.step, batch.ref.name, "failed", error=str(error)))
-                self._failed = batch.ref
-                return None
-        current, prompts = self._current, batch.prompts
+        try:
+            if self._current is None or self._current.loaded.ref != batch.ref:
+                self._current = self._take(batch.ref)
+                if batch.upcoming is not None and self._fetcher is not None:
+                    self._fetched[batch.upcoming] = self._fetcher.submit(self.data.source.fetch, batch.upcoming)
+            self._probe = self._observe(self._current, batch)
+        except CheckpointError as error:
+            self._fail(batch.ref, error)
+            return None
+        except InputError as error:
+            if self._shapes is None:  # the first one says what is wrong with all of them
+                raise
+            self._fail(batch.ref, error)
+            return None
+        return {}
+
+    def on_test_batch_end(self, outputs: Any, batch: ReplayBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After the callbacks: the row of a complete checkpoint is stored."""
+        if outputs is None or batch.part[0] + 1 < batch.part[1] or self._current is None:
+            return
+        current = self._current
+        entry = Entry(
+            batch.ref.step, batch.ref.name, "done",
+            revision=current.loaded.revision,
+            weight_hash=current.loaded.weight_hash,
+            seconds=round(time.monotonic() - current.start, 3),
+            logit_error=current.logit_error,
+            score_error=current.score_error,
+            fingerprint=current.fingerprint.as_json(),
+        )  # fmt: skip
+        self._ledger.record(entry)
+        self._shapes = self._shapes or (batch.ref.step, current.fingerprint.shapes)
+        self._forget()
+        self.data.source.release(batch.ref)
+
+    def on_test_end(self) -> None:
+        """Write down which checkpoints are not what they say they are, for those who read the files."""
+        if self.trainer.is_global_zero:
+            self._ledger.write_flagged()
+
+    def teardown(self, stage: str) -> None:
+        """End the fetching."""
+        if self._fetcher is not None:
+            self._fetcher.shutdown(cancel_futures=True)
+            self._fetcher = None
+        self._fetched.clear()
+        self._ready = None
+
+    # ---- one checkpoint --------------------------------------------------------------------------------------------
+
+    @property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.trainer.default_root_dir)
+
+    def _get_ready(self, trainer: pl.Trainer, data: ReplayData) -> None:
+        """Load the first checkpoint that is missing, so that what is wrong with the model is said before the run."""
+        ledger = Ledger(trainer.default_root_dir)
+        if self._shapes is None:
+            measured = next((entry.weights for entry in ledger.entries() if entry.fingerprint is not None), None)
+            if measured is not None and measured.fingerprint is not None:
+                self._shapes = measured.step, measured.fingerprint.shapes
+        missing = data.missing(trainer.default_root_dir)
+        if not missing or (self._ready is not None and self._ready[0] == missing[0]):
+            return
+        try:
+            self._ready = missing[0], self._load(missing[0], data, trainer.strategy.root_device)
+        except CheckpointError as error:  # it is recorded when its turn comes
+            self._ready = missing[0], error
+
+    def _take(self, ref: CheckpointRef) -> _Replayed:
+        """A checkpoint whose turn has come.
+
+        Raises:
+            CheckpointError: It cannot be had, or cannot be trusted.
+            InputError: No checkpoint of such a model can be measured.
+        """
+        ready, self._ready = self._ready, None
+        if ready is None or ready[0] != ref:
+            return self._load(ref, self.data, self.device)
+        if isinstance(ready[1], CheckpointError):
+            raise ready[1]
+        return ready[1]
+
+    def _load(self, ref: CheckpointRef, data: ReplayData, device: torch.device) -> _Replayed:
+        """Load a checkpoint, and check that it is whole and that its bridge computes what the model does."""
+        start = time.monotonic()
+        self._forget()
+        source = data.source
+        fetched = self._fetched.pop(ref, None)
+        if fetched is not None:
+            fetched.result()
+        else:
+            source.fetch(ref)
+        loaded = source.load(ref, _DTYPES[self.dtype_name])
+        fingerprint = loaded.fingerprint or hash_and_fingerprint(loaded.model)[1]
+        _check_finite(loaded)
+        self._check_shapes(ref, fingerprint)
+        check_prompts_fit(data.prompts, loaded.model.config, ref.name)
+        data.check_tokenizer(ref)
+        torch.nn.Module.to(loaded.model, device)
+        every = -(-len(data.prompts) // _N_COMPARED)
+        (some,) = batches(data.prompts[::every], _N_COMPARED)
+        some = some.to(device)
+        logits = _plain_logits(loaded.model, some)
+        space = HeadSpace(make_bridge(loaded.model, processing=self.processing))
+        if self.processing == "folded":
+            check_folded(space.bridge, some.tokens)
+        logit_error = _compare_logits(ref, space.observe(some.tokens, some.query).logits, logits)
+        return _Replayed(loaded, space, self._features(space, data, device), fingerprint, logit_error, start)
+
+    def _check_shapes(self, ref: CheckpointRef, fingerprint: Fingerprint) -> None:
+        if self._shapes is None:
+            return
+        step, expected = self._shapes
+        shapes = fingerprint.shapes
+        differing = sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
+        if differing:
+            name = differing[0]
+            raise CheckpointError(
+                f"{ref.name} is another model than step {step}: {name} is {shapes.get(name, 'not there')}, and "
+                f"{expected.get(name, 'not there')} in step {step}"
+            )
+
+    def _observe(self, current: _Replayed, batch: ReplayBatch) -> Probe:
+        """Run one batch of prompts.
+
+        Raises:
+            CheckpointError: Numbers overflow, or rebuilt scores are not those of the model.
+            InputError: The model's scores are no bilinear form.
+        """
+        prompts = batch.prompts
         observed = current.space.observe(prompts.tokens, prompts.query)
         at = torch.arange(len(prompts), device=prompts.query.device)
         difference = observed.logits[at, prompts.correct] - observed.logits[at, prompts.wrong]
         scores = replace(current.space.attended(observed, prompts.key), logit_difference=difference.float())
+        if scores.error is not None:
+            current.score_error = max(current.score_error, float(scores.error.max()))
 
         def intervene(removed: Tensor) -> Outcome:
             logits, attention = current.space.rerun(prompts.tokens, prompts.query, prompts.key, removed)
@@ -150,67 +290,29 @@ class CheckpointReplay(pl.LightningModule):
             contributions, _ = current.space.decompose(some, key)
             return AllKeys(contributions, some.pattern.float(), some.is_key[:, None], some.query, key)
 
-        self._probe = self._make_probe(current, scores, intervene, decompose, batch.part)
-        return {}
+        return self._make_probe(current, scores, intervene, decompose, batch.part)
 
-    def on_test_batch_end(self, outputs: Any, batch: ReplayBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After the callbacks: the row of a complete checkpoint is stored."""
-        if outputs is None or batch.part[0] + 1 < batch.part[1] or self._current is None:
-            return
-        loaded = self._current.loaded
-        seconds = round(time.monotonic() - self._current.start, 3)
-        entry = Entry(
-            batch.ref.step, batch.ref.name, "done",
-            revision=loaded.revision, weight_hash=loaded.weight_hash, seconds=seconds,
-        )  # fmt: skip
-        self._ledger.record(entry)
+    def _fail(self, ref: CheckpointRef, error: Exception) -> None:
+        """Write down that a checkpoint failed; the others go on."""
+        self._ledger.record(Entry(ref.step, ref.name, "failed", error=one_line(error)))
+        self._failed = ref
         self._forget()
-        self.data.source.release(batch.ref)
-
-    def teardown(self, stage: str) -> None:
-        """End the fetching."""
-        if self._fetcher is not None:
-            self._fetcher.shutdown(cancel_futures=True)
-            self._fetcher = None
-        self._fetched.clear()
-
-    # ---- one checkpoint --------------------------------------------------------------------------------------------
-
-    @property
-    def _ledger(self) -> Ledger:
-        return Ledger(self.trainer.default_root_dir)
-
-    def _load(self, batch: ReplayBatch) -> _Replayed:
-        start = time.monotonic()
-        self._forget()
-        source = self.data.source
-        fetched = self._fetched.pop(batch.ref, None)
-        if fetched is not None:
-            fetched.result()
-        else:
-            source.fetch(batch.ref)
-        if batch.upcoming is not None and self._fetcher is not None:
-            self._fetched[batch.upcoming] = self._fetcher.submit(source.fetch, batch.upcoming)
-        loaded = source.load(batch.ref, _DTYPES[self.dtype_name])
-        _check_finite(loaded)
-        torch.nn.Module.to(loaded.model, self.device)
-        space = HeadSpace(make_bridge(loaded.model, processing=self.processing))
-        return _Replayed(loaded, space, self._features(space), start)
+        self.data.source.release(ref)
 
     def _forget(self) -> None:
         """Free the memory of a checkpoint before the next one takes it."""
         self._current = self._probe = None
         gc.collect()  # a bridge is part of reference cycles, so it must be collected
 
-    def _features(self, space: HeadSpace) -> Tensor | None:
+    def _features(self, space: HeadSpace, data: ReplayData, device: torch.device) -> Tensor | None:
         """Proxy features as columns [D', N]; the bias coordinate of a feature is 0."""
         if self.features_from is None:
             return None
         if isinstance(self.features_from, list):
-            ids = token_ids(self.data.source.tokenizer(), self.features_from)
+            ids = token_ids(data.source.tokenizer(), self.features_from)
             features = space.bridge.W_E[ids].detach().T.float()
         else:
-            features = read_dictionary(self.features_from, space.bridge.cfg.d_model).to(self.device)
+            features = read_dictionary(self.features_from, space.bridge.cfg.d_model).to(device)
         return features
 
     def _make_probe(
@@ -263,8 +365,47 @@ def _spans(prompts: Sequence[Prompt]) -> Tensor:
 class _Replayed:
     """A checkpoint in use; wrapped, so that Lightning does not take the model for a part of the replay."""
 
-    def __init__(self, loaded: LoadedCheckpoint, space: HeadSpace, features: Tensor | None, start: float) -> None:
+    def __init__(
+        self,
+        loaded: LoadedCheckpoint,
+        space: HeadSpace,
+        features: Tensor | None,
+        fingerprint: Fingerprint,
+        logit_error: float,
+        start: float,
+    ) -> None:
         self.loaded, self.space, self.features, self.start = loaded, space, features, start
+        self.fingerprint, self.logit_error, self.score_error = fingerprint, logit_error, 0.0
+
+
+@torch.inference_mode()
+def _plain_logits(model: PreTrainedModel, prompts: PromptBatch) -> Tensor:
+    """Next-token logits at the queries [batch, vocabulary] from transformers alone."""
+    logits: Tensor = model(prompts.tokens, use_cache=False).logits
+    return logits[torch.arange(len(prompts)), prompts.query]
+
+
+def _compare_logits(ref: CheckpointRef, logits: Tensor, expected: Tensor) -> float:
+    """Compare a bridge's logits with those of the model that it was made from, each minus their mean.
+
+    Folding takes a number off all logits of a prompt, which changes no probability.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        CheckpointError: They are not the same, but for rounding.
+    """
+    dtype = logits.dtype
+    bridged, plain = (part.double() - part.double().mean(-1, keepdim=True) for part in (logits, expected))
+    error = float((bridged - plain).abs().max() / plain.abs().max().clamp_min(1e-30))
+    tolerance = max(_LOGIT_TOLERANCE, _LOGIT_ROUNDINGS * torch.finfo(dtype).eps)
+    if not error <= tolerance:  # NaN is not
+        raise CheckpointError(
+            f"{ref.name}: TransformerLens computes other logits than transformers does (off by {error:.2g} of the "
+            f"largest, and rounding explains {tolerance:.2g}); try --model.processing=raw"
+        )
+    return error
 
 
 def _check_finite(loaded: LoadedCheckpoint) -> None:

@@ -15,17 +15,19 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from svf_lightning.errors import CheckpointError, InputError, reason
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
+from svf_lightning.run.fingerprint import N_SAMPLED, Fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 _LOADING = threading.RLock()  # held while transformers loads
@@ -60,20 +62,42 @@ def weight_hash(model: torch.nn.Module) -> str:
     Returns:
         16 hex digits.
     """
+    return hash_and_fingerprint(model)[0]
+
+
+def hash_and_fingerprint(model: torch.nn.Module) -> tuple[str, Fingerprint]:
+    """:func:`weight_hash`, and what tells this checkpoint from others tensor by tensor, from one pass."""
     total = hashlib.blake2b(digest_size=8)
     seen: set[tuple[object, ...]] = set()
+    tensors: dict[str, str] = {}
+    samples: list[np.ndarray] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter lock
         for name, tensor in sorted(model.state_dict().items()):
             place = (str(tensor.device), tensor.data_ptr(), tensor.shape, tensor.stride())
             if tensor.numel() and place in seen:
                 continue
             seen.add(place)
-            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+            own = hashlib.blake2b(header, digest_size=8)
+            total.update(header)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            values = flat.view(torch.uint8).numpy()
             pieces = (values[start : start + _PIECE] for start in range(0, len(values), _PIECE))
             for digest in pool.map(lambda piece: hashlib.blake2b(piece, digest_size=16).digest(), pieces):
                 total.update(digest)
-    return total.hexdigest()
+                own.update(digest)
+            tensors[name] = f"{own.hexdigest()} {'x'.join(map(str, tensor.shape))}"
+            samples.append(_sample(name, flat))
+    return total.hexdigest(), Fingerprint(tensors, np.stack(samples) if samples else np.zeros((0, N_SAMPLED)))
+
+
+def _sample(name: str, flat: torch.Tensor) -> np.ndarray:
+    """Entries of a tensor, always the same ones; zeros if it has fewer."""
+    n = len(flat)
+    entries = np.arange(n) if n <= N_SAMPLED else np.random.default_rng(list(name.encode())).integers(n, size=N_SAMPLED)
+    sample = np.zeros(N_SAMPLED, dtype=np.float32)
+    sample[: len(entries)] = flat[torch.from_numpy(entries)].float().numpy()
+    return sample
 
 
 def load_folder(
@@ -157,7 +181,7 @@ def as_loaded(ref: CheckpointRef, model: Any, revision: str = "") -> LoadedCheck
     """A model, made ready to be looked at and hashed."""
     model.eval()
     model.requires_grad_(False)
-    return LoadedCheckpoint(ref, model, revision, weight_hash(model))
+    return LoadedCheckpoint(ref, model, revision, *hash_and_fingerprint(model))
 
 
 def _some(names: Iterable[str]) -> str:
@@ -256,6 +280,27 @@ def load_tokenizer(folder: Path, where: str, **options: Any) -> PreTrainedTokeni
                 "AutoTokenizer reads. Fix: save it again (tokenizer.save_pretrained)."
             ) from error
     return check_fast(tokenizer, where)
+
+
+def load_config(folder: Path) -> PretrainedConfig | None:
+    """Read the configuration of a folder; None if it is damaged, which loading the model reports."""
+    from transformers import AutoConfig
+
+    with _quiet(), suppress(Exception):  # libraries raise errors of many types for damaged files
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return config
+    return None
+
+
+def vocabulary_hash(folder: Path) -> str:
+    """Hash of the vocabulary files of a folder; of none, if it has none."""
+    total = hashlib.blake2b(digest_size=8)
+    for name in (*VOCABULARIES, "merges.txt"):
+        if (folder / name).is_file():
+            total.update(name.encode() + hashlib.blake2b((folder / name).read_bytes()).digest())
+    return total.hexdigest()
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:

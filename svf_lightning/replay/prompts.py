@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from svf_lightning.errors import InputError, bad_value, closest
+from svf_lightning.errors import InputError, bad_value, closest, reason
+from svf_lightning.terminal import say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Each of them is a single token after a space for GPT-2 and SmolLM2. The objects follow "a", not "an".
 _NAMES = (
@@ -69,6 +72,8 @@ TEMPLATES = (
 
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
 _FIELDS = ("text", "query", "key", "correct", "wrong")
+_WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
+_MAX_BYTES = 16 << 20  # of a file: every prompt is kept in memory, with its scores
 
 
 @dataclass(frozen=True)
@@ -318,25 +323,39 @@ def read_prompts(
     - ``correct``, ``wrong``: the two next words, each a single token after the text and a space; the space may be
       written or not.
 
+    A word is found however its accents are written, as one character (NFC) or as a letter and a mark (NFD). The model
+    reads the text as the file has it.
+
     ``query`` and ``key`` are positions, counted from 0 with special tokens included, negative ones from the end; or the
     word meant, if it occurs once in the text, as one token. In a .csv file, whole numbers are positions.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8, of at most 16 MiB.
         tokenizer: A fast tokenizer, which can tell the characters of each token.
         prepend_bos: As for `ioi_prompts`.
 
     Returns:
-        The prompts, in the order of the file.
+        The prompts, in the order of the file. If some are repeated, a line on standard error says so.
 
     Raises:
         InputError: The file or a line of it cannot be used; the message names both.
     """
     path = Path(path)
-    rows = list(_rows(path))
-    if not rows:
+    prompts: list[Prompt] = []
+    first_line: dict[Prompt, int] = {}
+    repeated: list[tuple[int, int]] = []
+    for line, row in _rows(path):
+        prompt = _read_prompt(f"{path}, line {line}", row, tokenizer, prepend_bos)
+        prompts.append(prompt)
+        if first_line.setdefault(prompt, line) != line:
+            repeated.append((line, first_line[prompt]))
+    if not prompts:
         raise bad_value(str(path), "no prompt", "at least one", "write one prompt a line")
-    return [_read_prompt(f"{path}, line {line}", row, tokenizer, prepend_bos) for line, row in rows]
+    if repeated:
+        (line, first), n = repeated[0], len(repeated)
+        more = "" if n == 1 else f", and {n - 1} more do the like"
+        say(f"svf-lightning: {path}, line {line} repeats line {first}{more}: each counts as often as it is there")
+    return prompts
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -346,9 +365,20 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise bad_value("prompts", str(path), "a file that exists", "check the path")
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise bad_value("prompts", str(path), f"readable UTF-8 text ({error})", "save the file as UTF-8") from error
+        with path.open("rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)  # not the whole of it, whatever it is
+    except OSError as error:
+        raise bad_value("prompts", str(path), f"a readable file ({reason(error)})", "check the file") from error
+    if len(raw) > _MAX_BYTES:
+        size, most = path.stat().st_size, f"{_MAX_BYTES >> 20} MiB"
+        raise bad_value("prompts", str(path), f"at most {most} (it has {size / 2**20:,.0f} MiB)", "give fewer prompts")
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad_value("prompts", str(path), f"UTF-8 text ({reason(error)})", "save the file as UTF-8") from error
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in content:
+        raise bad_value("prompts", str(path), "text (it holds zero bytes)", "check that it is the right file")
     return _csv_rows(path, content) if path.suffix == ".csv" else _jsonl_rows(path, content)
 
 
@@ -359,8 +389,10 @@ def _jsonl_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]
         where = f"{path}, line {line}"
         try:
             row = json.loads(raw)
-        except ValueError as error:
-            raise bad_value(where, raw, f"one JSON object a line ({error})", "correct or delete the line") from error
+        except (ValueError, RecursionError) as error:
+            raise bad_value(
+                where, raw, f"one JSON object a line ({reason(error)})", "correct or delete the line"
+            ) from error
         if not isinstance(row, dict):
             raise bad_value(where, raw, "one JSON object a line", 'write {"text": ..., "key": ...}')
         _check_fields(where, row)
@@ -411,6 +443,8 @@ def _check_fields(where: str, fields: Iterable[str]) -> None:
 def _read_prompt(
     where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None
 ) -> Prompt:
+    for field in _FIELDS:
+        _check_characters(f"{where}: {field}", row.get(field))
     text = row["text"]
     if not isinstance(text, str) or not text.strip() or text != text.rstrip():
         fix = "write the text up to the word before the answer"
@@ -428,6 +462,9 @@ def _read_prompt(
         if not isinstance(word, str) or not word.strip():
             raise bad_value(f"{where}: {field}", word, "a word that may follow the text", "write the word")
         answer, pieces = _answer(tokenizer, text, word.strip())
+        if answer is None:  # as one character and as a letter and a mark, an accent has tokens of its own
+            for form in ("NFC", "NFD"):
+                answer = answer or _answer(tokenizer, text, unicodedata.normalize(form, word.strip()))[0]
         if answer is None:
             allowed = f"a word that is one token after the text and a space (this one becomes {pieces})"
             raise bad_value(f"{where}: {field}", word, allowed, "choose another word")
@@ -435,6 +472,16 @@ def _read_prompt(
     if answers[0] == answers[1]:
         raise bad_value(f"{where}: wrong", row["wrong"], "another token than correct", "choose another word")
     return Prompt(text, encoding.ids, query, key, answers[0], answers[1], spans=tuple(encoding.spans))
+
+
+def _check_characters(where: str, value: object) -> None:
+    """Raises InputError for half a character, which JSON can write and no tokenizer can read."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            allowed = f"whole characters (at {error.start} there is half of one)"
+            raise bad_value(where, value, allowed, "write the character itself, or both halves of it") from error
 
 
 def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str) -> int:
@@ -457,6 +504,36 @@ def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encodi
         allowed = f"a word that is one token (this one is in {pieces})"
         raise bad_value(where, given, allowed, "give the position of one of the tokens, or choose another word")
     return token
+
+
+def check_prompts_fit(prompts: Sequence[Prompt], config: PretrainedConfig, where: str) -> None:
+    """Check that a model can read prompts.
+
+    Args:
+        prompts: At least one.
+        config: The model's.
+        where: What errors call the model.
+
+    Raises:
+        InputError: One has more tokens than the model's context window, or a token that is not in its vocabulary.
+    """
+    text_config: Any = config.get_text_config()
+    window = next((n for name in _WINDOWS if isinstance(n := getattr(text_config, name, None), int) and n > 0), None)
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if window is not None and len(longest.tokens) > window:
+        raise bad_value(
+            "prompt", longest.text, f"at most {window} tokens, the context window of {where} (it has "
+            f"{len(longest.tokens)})", "shorten it, or leave it out",
+        )  # fmt: skip
+    n_words = getattr(text_config, "vocab_size", None)
+    if isinstance(n_words, int):
+        for prompt in prompts:
+            token = max(*prompt.tokens, prompt.correct, prompt.wrong)
+            if token >= n_words:
+                raise bad_value(
+                    "prompt", prompt.text, f"tokens 0..{n_words - 1}, the vocabulary of {where} (it has {token}): the "
+                    "tokenizer is larger than the model", "use the tokenizer that the model was trained with",
+                )  # fmt: skip
 
 
 # --- batches
@@ -537,12 +614,30 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _spans(text: str, word: str) -> list[tuple[int, int]]:
-    """Where a word occurs in a text; inside other words only if it occurs nowhere by itself."""
+    """Where a word occurs in a text, however accents are written; inside other words only if nowhere by itself."""
+    composed, starts = _composed(text)
+    word = unicodedata.normalize("NFC", word)
     left, right = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w\Z", word) else "")
     for pattern in (left + re.escape(word) + right, re.escape(word)):
-        if spans := [match.span() for match in re.finditer(pattern, text)]:
-            return spans
+        if spans := [match.span() for match in re.finditer(pattern, composed)]:
+            return [(starts[start], starts[end]) for start, end in spans]
     return []
+
+
+def _composed(text: str) -> tuple[str, list[int]]:
+    """A text with accents as one character each, and where each of its characters begins in the original."""
+    if unicodedata.is_normalized("NFC", text):
+        return text, list(range(len(text) + 1))
+    begins = [i for i, letter in enumerate(text) if i == 0 or not _joins_the_one_before(letter)]
+    pieces = [text[start:end] for start, end in itertools.pairwise([*begins, len(text)])]
+    forms = [unicodedata.normalize("NFC", piece) for piece in pieces]
+    starts = [start for start, form in zip(begins, forms, strict=True) for _ in form]
+    return "".join(forms), [*starts, len(text)]
+
+
+def _joins_the_one_before(letter: str) -> bool:
+    """True for accents and the like, and for the later parts of a Korean syllable."""
+    return unicodedata.combining(letter) != 0 or "\u1160" <= letter <= "\u11ff"
 
 
 def _token_at(
@@ -556,8 +651,12 @@ def _token_at(
     start, end = span
     touched = [i for i, (first, after) in enumerate(encoding.spans) if first < end and start < after]
     pieces = [str(tokenizer.decode([encoding.ids[i]])) for i in touched]
-    same = [piece.strip().casefold() for piece in pieces] == [text[start:end].casefold()]
+    same = [_plain(piece) for piece in pieces] == [_plain(text[start:end])]
     return (touched[0] if same else None), pieces
+
+
+def _plain(piece: str) -> str:
+    return unicodedata.normalize("NFC", piece.strip().casefold())
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> tuple[int | None, list[str]]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from svf_lightning.errors import bad_value
+from svf_lightning.run.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 PYTHIA_STEPS: tuple[int, ...] = (0, *(2**k for k in range(10)), *range(1000, 143_001, 1000))
@@ -45,12 +46,14 @@ class LoadedCheckpoint:
         model: On the CPU, in the asked dtype, in eval mode, without gradients. Nobody else uses it.
         revision: What was really loaded: the commit hash of the hub, or "" for what is local.
         weight_hash: 16 hex digits, see :func:`weight_hash`.
+        fingerprint: What tells it from other checkpoints tensor by tensor; None: it is made when it is needed.
     """
 
     ref: CheckpointRef
     model: PreTrainedModel
     revision: str
     weight_hash: str
+    fingerprint: Fingerprint | None = None
 
 
 class CheckpointSource(ABC):
@@ -76,6 +79,25 @@ class CheckpointSource(ABC):
     @abstractmethod
     def identity(self) -> dict[str, str]:
         """What decides, beside steps and weight hashes, whether two runs look at the same thing. No machine's paths."""
+
+    def model_name(self) -> str:
+        """What to call the model: a run is named by what it measured. For most sources a part of the identity."""
+        return self.identity().get("name") or type(self).__name__
+
+    def config(self) -> PretrainedConfig | None:
+        """The configuration of the first checkpoint, where it can be had without the weights; else None."""
+        return None
+
+    def other_tokenizer(self, ref: CheckpointRef) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that lies with a checkpoint, if its files are not those of :meth:`tokenizer`; else None.
+
+        Args:
+            ref: A checkpoint that is on this machine.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        return None
 
     def fetch(self, ref: CheckpointRef) -> None:  # noqa: B027  most sources have nothing to fetch
         """Bring a checkpoint to this machine; may run in another thread while an earlier one is in use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from svf_lightning.replay.source import CheckpointRef, CheckpointSource, LoadedC
 from svf_lightning.replay.suite import SuiteSettings, train_suite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class TinySuite(CheckpointSource):
@@ -37,6 +38,20 @@ class TinySuite(CheckpointSource):
     def identity(self) -> dict[str, str]:
         """Its settings, which decide its weights."""
         return {"kind": "tiny_suite", "settings": repr(self.settings)}
+
+    def model_name(self) -> str:
+        """The suite's name, with those settings that are not the default ones."""
+        default = asdict(SuiteSettings())
+        changed = [f"{name}={value}" for name, value in asdict(self.settings).items() if value != default[name]]
+        return "_".join(["tiny_suite", *changed])
+
+    def config(self) -> PretrainedConfig | None:
+        """That of the first checkpoint."""
+        return self._trained().config()
+
+    def other_tokenizer(self, ref: CheckpointRef) -> PreTrainedTokenizerBase | None:
+        """As for a folder."""
+        return self._trained().other_tokenizer(ref)
 
     def refs(self) -> list[CheckpointRef]:
         """The checkpoints; trains them if they are not there.

@@ -92,7 +92,7 @@ def check_same_identity(path: Path, identity: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(identity))
     if _METRICS not in before:
         before = _upgraded(before, path.parent, now)
-    _check_same(path.parent, before, now)
+    _check_same(path.parent, before, now, f", or measure its checkpoints again: replay --remeasure={path.parent} ...")
 
 
 def check_same_metrics(run_dir: Path, callbacks: Iterable[object]) -> None:
@@ -119,7 +119,7 @@ def _check(path: Path, value: object, shape: Shape) -> None:
         raise damaged(path, error) from error
 
 
-def _check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any], way_out: str = "") -> None:
     before, now = _flat(before), _flat(now)
     differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if differing:
@@ -127,7 +127,7 @@ def _check_same(where: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         raise InputError(
             f"the rows in {where} were measured with {name}={before.get(name)!r}, and this call has "
             f"{now.get(name)!r}. Allowed: the same settings, as one curve must not mix them. "
-            "Fix: use another --run_dir, or the settings of that run (its config.yaml)."
+            f"Fix: use another --run_dir, or the settings of that run (its config.yaml){way_out}."
         )
 
 

@@ -51,19 +51,19 @@ _MOST_NAMED = 6  # differences that a message names
 
 @dataclass(frozen=True)
 class Parent:
-    """Where a run comes from; ``parent.json`` of a run that began from another run's checkpoint.
+    """Where a run comes from: ``parent.json`` of a run that began from another run's checkpoint, or measures it again.
 
     Args:
         run: Directory of the other run.
-        checkpoint: Its checkpoint.
+        checkpoint: Its checkpoint; empty for a replay, which measures all of them again.
         step: Training step of the checkpoint.
         differences: Settings that differ, by dotted name: before and now.
         rows_from: Step of the first row that this run's trajectory has: 0 where it holds its parent's rows, too.
     """
 
     run: str
-    checkpoint: str
-    step: int
+    checkpoint: str = ""
+    step: int = 0
     differences: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     rows_from: int = 0
 

@@ -19,7 +19,8 @@ class Hub:
         self.repos = {}  # name -> {revision: {file: bytes}}
         self.requests = []  # (method, path)
         self.slow = 0  # seconds before weights are sent
-        self.faults = []  # [pattern of "METHOD path", how often, status or "cut"]
+        self.faults = []  # [pattern of "METHOD path", how often, status, or "cut", "flip", "stall" or "etag"]
+        self.stalled = threading.Event()  # set when the hub closes
         self.lock = threading.Lock()
         hub = self
 
@@ -40,6 +41,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
+        self.stalled.set()
         self.server.shutdown()
         self.server.server_close()
         huggingface_hub.utils.close_session()  # else it goes on over connections that are open
@@ -78,6 +80,10 @@ class Hub:
         fault = self.fault_of((handler.command, path))
         if isinstance(fault, int):
             return self.reply(handler, b"{}", status=fault)
+        if fault == "stall":
+            self.stalled.wait(60)
+            handler.close_connection = True
+            return None
         api = re.fullmatch(r"/api/models/(.+?)(?:/(refs|revision/(.+)|tree/(.+)))?", path)
         resolve = re.fullmatch(r"/(.+)/resolve/([^/]+)/(.+)", path)
         repo = (api or resolve)[1]
@@ -99,14 +105,30 @@ class Hub:
             tree = [{"type": "file", "path": n, "size": len(d), "oid": self.etag(d)} for n, d in files.items()]
             return self.reply(handler, json.dumps(tree).encode())
         if api:
-            info = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            described = [{"rfilename": name, **self.described(name, data)} for name, data in files.items()]
+            info = {"id": repo, "sha": commit, "siblings": described}
             return self.reply(handler, json.dumps(info).encode())
         if resolve[3] not in files:
             return self.reply(handler, b"{}", status=404, code="EntryNotFound")
         data = files[resolve[3]]
         if handler.command == "GET" and resolve[3].endswith(".safetensors"):
             time.sleep(self.slow)
-        return self.reply(handler, data, cut=fault == "cut", ETag=f'"{self.etag(data)}"', X_Repo_Commit=commit)
+        etag = self.etag(b"another file" if fault == "etag" else data)
+        if fault == "flip" and handler.command == "GET":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return self.reply(handler, data, cut=fault == "cut", ETag=f'"{etag}"', X_Repo_Commit=commit)
+
+    @staticmethod
+    def described(name, data):
+        """What the hub says of a file: weights are large files, the others are git's."""
+        if name.endswith((".safetensors", ".bin")):
+            sha256 = hashlib.sha256(data).hexdigest()
+            return {
+                "size": len(data),
+                "blobId": "0" * 40,
+                "lfs": {"sha256": sha256, "size": len(data), "pointerSize": 1},
+            }
+        return {"size": len(data), "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
 
     @staticmethod
     def etag(data):

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -379,6 +380,74 @@ def test_a_hub_that_stumbles_is_asked_again(hub, connect, where, status):
     assert source.load(ref).weight_hash == weight_hash(make_model(seed=8))
     if "tree" not in where and status == 503:  # the others are asked again by the library of the hub as well
         assert source.waited == [1.0, 2.0]
+
+
+def test_each_try_is_told_in_a_line_with_its_reason(hub, connect, capsys):
+    source = connect(retries=2)
+    ref = ref_of(source, 8)
+    hub.fault(r"GET .*model\.safetensors", 502, times=2)
+    source.fetch(ref)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(rf"svf-lightning: {REPO}@step8: .*502.*; trying again in 1 s \(1 of 2\)", lines[0])
+    assert lines[1].endswith("trying again in 2 s (2 of 2)")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("file", [r"model\.safetensors", r"config\.json"])
+def test_a_file_that_is_not_what_the_hub_describes_is_not_used(hub, connect, keep, file):
+    source = connect(retries=1, keep=keep)
+    ref = ref_of(source, 8)
+    hub.fault(rf"GET .*resolve.*/{file}", "flip", times=1)
+    assert source.load(ref).weight_hash == weight_hash(make_model(seed=8))
+    assert source.waited == [1.0]
+    hub.fault(rf"GET .*resolve.*/{file}", "flip")
+    source.release(ref)
+    other = connect(retries=1, keep=keep, cache="other")
+    with pytest.raises(CheckpointError, match="did not arrive as the hub describes it") as error:
+        other.load(ref)
+    one_line(error)
+    hub.faults.clear()
+    assert other.load(ref).weight_hash == weight_hash(make_model(seed=8))  # nothing of it was kept
+
+
+def test_a_wrong_etag_does_not_matter_as_bytes_are_compared(hub, connect):
+    source = connect(retries=1)
+    hub.fault(r".*resolve.*model\.safetensors", "etag")
+    assert source.load(ref_of(source, 8)).weight_hash == weight_hash(make_model(seed=8))
+
+
+@pytest.mark.parametrize(
+    "where", ["GET /api/models/[^/]*/[^/]*$", "/refs", "GET /api/models/.*revision", "GET .*model.safe"]
+)
+def test_a_hub_that_stalls_is_not_waited_for_forever(hub, connect, monkeypatch, where):
+    monkeypatch.setattr("svf_lightning.replay.hub._TIMEOUT", 0.2)
+    for module in (constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    source = connect(retries=1)
+    hub.fault(where, "stall", times=1)
+    assert source.load(ref_of(source, 8)).weight_hash == weight_hash(make_model(seed=8))
+
+
+def test_a_file_beyond_the_limit_of_the_process_is_a_full_disk(hub, connect):
+    source = connect(retries=3)
+    ref = ref_of(source, 8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"step8 cannot be had: .*[Ff]ile too large") as error:
+            source.fetch(ref)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(error)
+    assert source.waited == []
+    assert size_of(connect.cache) == 0
+    assert source.load(ref).weight_hash == weight_hash(make_model(seed=8))
+
+
+def test_the_name_of_a_model_is_that_of_its_repository():
+    assert HubCheckpoints(REPO).model_name() == "pythia-tiny"
+    assert HubCheckpoints("gpt2", None).model_name() == "gpt2"
 
 
 def test_a_list_of_revisions_is_asked_for_again(hub, connect):
