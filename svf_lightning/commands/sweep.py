@@ -21,7 +21,15 @@ from svf_lightning.files import write_text
 from svf_lightning.run.directory import check_free
 from svf_lightning.sweep.backlog import Backlog
 from svf_lightning.sweep.cohort import clear_drafts, group_trials
-from svf_lightning.sweep.engines import KILLED, Outcome, Workers, default_memory_bytes, run_local, run_ray
+from svf_lightning.sweep.engines import (
+    KILLED,
+    Outcome,
+    Workers,
+    default_memory_bytes,
+    run_local,
+    run_ray,
+    why_it_failed,
+)
 from svf_lightning.sweep.file import SweepFile, read_sweep
 from svf_lightning.sweep.results import ERROR, TRIALS, Sweep, is_sweep
 from svf_lightning.sweep.trial import Trial
@@ -191,8 +199,8 @@ def _resolve(trials: Sequence[Trial]) -> list[tuple[str, str | None]]:
     for trial in trials:
         try:
             settings.append((_fit_settings().of(trial.args[1:]), None))
-        except Exception as error:  # a class of the user's may raise anything
-            settings.append(("", one_line(error)))
+        except BaseException as error:
+            settings.append(("", why_it_failed(error)))
     return settings
 
 

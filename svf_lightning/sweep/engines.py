@@ -43,10 +43,14 @@ def attempt(trials: Cohort, log: Path | None = None) -> str | None:
     with open(log or os.devnull, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             train(trials)
-        except Exception as error:
-            # a trial or a user's callback may raise anything; the other trials go on
-            return one_line(error)
+        except BaseException as error:
+            return why_it_failed(error)
     return None
+
+
+def why_it_failed(error: BaseException) -> str:
+    """One line. A trial or a user's callback may raise anything, and exit; the other trials go on."""
+    return one_line(error) if isinstance(error, Exception) else f"{type(error).__name__}: {one_line(error)}"
 
 
 class Done(NamedTuple, Generic[_R]):
@@ -54,8 +58,8 @@ class Done(NamedTuple, Generic[_R]):
 
     Args:
         cohort: Which one.
-        result: What the function returned; None if the process died, and these trials are to blame.
-        killed: Whether it did.
+        result: What the function returned; None if the process died.
+        killed: Whether it died, and these trials are to blame; if not, they had ended before.
     """
 
     cohort: Cohort
@@ -71,6 +75,9 @@ class Workers:
 
     Args:
         n: How many.
+
+    Raises:
+        InputError: The system has no room for as many.
     """
 
     def __init__(self, n: int) -> None:
@@ -89,9 +96,11 @@ class Workers:
 
     def _begin(self) -> ProcessPoolExecutor:
         """A pool of one process, which starts when there is something to do."""
-        return ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(self._n_threads,)
-        )
+        context = multiprocessing.get_context("spawn")
+        try:
+            return ProcessPoolExecutor(1, context, initializer=_begin_worker, initargs=(self._n_threads,))
+        except OSError as error:
+            raise _no_process(f"cannot be started ({reason(error)})") from error
 
     def run(
         self,
@@ -135,7 +144,7 @@ class Workers:
                         if start.exception() is not None:  # it has not even begun
                             failed_starts += 1
                             if failed_starts >= _FAILED_STARTS:
-                                raise _no_process() from None
+                                raise _no_process("end as soon as they start") from None
                             backlog.put_back(cohort)
                             continue
                         if ended := [trial for trial in cohort if has_ended(trial)]:
@@ -160,12 +169,14 @@ class Workers:
                 return pool, pool.submit(os.getpid), pool.submit(function, *args)
             except BrokenProcessPool:  # it died while it had nothing to do
                 self._idle.append(self._begin())
+            except OSError as error:
+                raise _no_process(f"cannot be started ({reason(error)})") from error
 
 
-def _no_process() -> InputError:
+def _no_process(what: str) -> InputError:
     return InputError(
-        f"processes for the trials end as soon as they start, {_FAILED_STARTS} of them. Allowed: enough memory for "
-        "each. Fix: use fewer --jobs."
+        f"processes for the trials {what}. Allowed: as many as the machine has memory and open files for. "
+        "Fix: use fewer --jobs; the same command goes on."
     )
 
 

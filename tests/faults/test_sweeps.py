@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 import yaml
@@ -364,8 +365,11 @@ def test_a_sweep_that_is_killed_at_any_time_goes_on_and_does_nothing_twice(injec
 
 def test_a_process_of_ray_that_is_killed_fails_the_guilty_trial_alone(injected, forked, tmp_path):
     pytest.importorskip("ray")
-    file = write_sweep(tmp_path / "some.yaml", LAMBDAS, extra=killer(guilty=13.0), run_cap=6)
-    result = forked("sweep", file, "--engine=ray", "--jobs=1", "--sweep_dir", tmp_path / "swept", timeout=900)
+    file = write_sweep(tmp_path / "some.yaml", LAMBDAS, extra=killer(guilty=13.0), run_cap=8)
+    result = forked(
+        "sweep", file, "--engine=ray", "--jobs=1", "--sweep_dir", tmp_path / "swept", timeout=900,
+        PYTHONPATH=str(Path(__file__).parents[1]),  # for the processes of Ray
+    )  # fmt: skip
     sweep = Sweep(tmp_path / "swept")
     for trial in sweep.trials:
         guilty = trial.values["model.lambda_attn"] == 13.0

@@ -1,6 +1,7 @@
 """A cohort whose process dies is cut until the trial that kills it is alone; the others go on."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -110,3 +111,22 @@ def test_processes_that_never_start_are_an_error_and_no_endless_loop(monkeypatch
     monkeypatch.setattr(engines, "_begin_worker", die)
     with pytest.raises(InputError, match="end as soon as they start"), Workers(1) as workers:
         list(workers.run(work, Backlog([trials(2)], memory=lambda trial: 1.0), set()))
+
+
+def exits(trials):
+    raise SystemExit("as a user's callback may")
+
+
+def test_a_trial_that_exits_is_a_trial_that_fails(monkeypatch):
+    monkeypatch.setattr(engines, "train", exits)
+    assert engines.attempt(trials(1)) == "SystemExit: as a user's callback may"
+
+
+def test_more_processes_than_there_are_files_for_are_one_line():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot be started .*Too many open files"), Workers(200) as workers:
+            list(workers.run(work, Backlog([trials(1)], memory=lambda trial: 1.0), set()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
