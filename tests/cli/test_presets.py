@@ -31,7 +31,7 @@ def test_every_preset_runs_and_computes_its_claims(command, preset):
     ((_, logged),) = Rows.read(trajectory.isel(step=[-1]), known(trajectory)).to_log(every=1, last=-1)
     media = list((run_dir / "wandb" / "latest-run" / "files" / "media").rglob("*.json"))
     assert len(media) >= 4
-    assert len(logged) + 2 * 3 + len(media) <= 100  # with mean, min and max of t_align and t_ortho
+    assert len(logged) + 2 * 4 + len(media) <= 100  # with mean, min, max and share of t_align and t_ortho
 
 
 @pytest.mark.slow
