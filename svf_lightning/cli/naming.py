@@ -106,7 +106,7 @@ def _source(settings: Namespace) -> Any:
 
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf+")
     parser.add_argument("--source", type=CheckpointSource)
-    return parser.instantiate_classes(Namespace(source=settings.clone())).source  # type: ignore[no-untyped-call]
+    return parser.instantiate(Namespace(source=settings.clone())).source  # type: ignore[no-untyped-call]
 
 
 def _folder_name(model: str, prompts: str) -> str:
