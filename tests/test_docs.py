@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from helpers.training import train
 
-from svf_lightning.program import FUNCTIONS, main
 from svf_lightning.callbacks import Capture, SVDAlignment, TrajectoryWriter
+from svf_lightning.program import FUNCTIONS, main
 from svf_lightning.registry import BUILT_IN
 from svf_lightning.testing import check_metric
 
