@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from yaml import MappingNode, ScalarNode
+from yaml import MappingNode
 
 from svf_lightning.arguments import CommandLine
 from svf_lightning.cli.messages import suggestion
@@ -18,7 +18,6 @@ COMMANDS = ("fit", "validate", "test", "replay")
 CONFIG_FLAGS = ("--config", "-c")
 _DEFAULT_REPLAY = "tiny_suite"
 _DEFAULTS = "defaults"
-_PARTS = ("experiment", "capture", "trainer", "model", "data")
 
 
 def folder_of(command: str | None) -> str:
@@ -93,11 +92,6 @@ def _check_settings(path: Path) -> None:
             raise ValueError("it holds no settings")
         if any(name.value == "config" for name, _ in settings.value):
             raise ValueError("it names another file with config; a second --config does that")
-        for name, value in settings.value:
-            if name.value in _PARTS and not isinstance(value, MappingNode | ScalarNode):
-                raise ValueError(f"{name.value} is a list")
-            if name.value in _PARTS and value.tag == "tag:yaml.org,2002:null":
-                raise ValueError(f"{name.value} says nothing; leave it out")
     except (OSError, ValueError) as error:
         raise InputError(
             f"--config {path} cannot be read ({reason(error)}). Allowed: a YAML file of options, in UTF-8, with each "
