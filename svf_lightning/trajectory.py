@@ -139,7 +139,7 @@ def with_derived(dataset: xr.Dataset) -> xr.Dataset:
     derived = {
         name: _derive(dataset, derivation)
         for name, derivation in _DERIVED.items()
-        if all(source in dataset for source in derivation.sources)
+        if all(source in dataset for source in derivation.sources) and "feature" in dataset[derivation.sources[0]].dims
     }
     return dataset.assign(derived)
 

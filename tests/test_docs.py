@@ -137,7 +137,7 @@ def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
             *("rotary", "heads", "metrics", "theory"),
         ],
         ["quantities", "probe"],
-        ["trajectory", "rows"],
+        ["trajectory", "rows", "zarr_backend", "zarr_files"],
         ["run"],
         ["callbacks", "toy", "replay"],
         ["registry", "figures", "testing"],

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from svf_lightning.errors import InputError
+from svf_lightning.errors import DamagedError, InputError
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
 from svf_lightning.quantities import Quantity, stored_quantities
 from svf_lightning.rows import Rows
-from svf_lightning.trajectory import TrajectoryStore, measured_by, open_trajectory
+from svf_lightning.trajectory import TRAJECTORY, TrajectoryStore, has_trajectory, measured_by, open_trajectory
 
 I, D, N, R = 3, 7, 11, 5  # noqa: E741
 
@@ -298,3 +298,62 @@ def test_the_store_says_how_its_rows_were_measured(tmp_path):
     assert measured_by(tmp_path / "trajectory.zarr") == metrics
     TrajectoryStore(tmp_path / "other").append(rows(0, 2))
     assert measured_by(tmp_path / "other" / "trajectory.zarr") is None
+
+
+def test_a_store_without_a_row_is_no_trajectory_yet(tmp_path):
+    store = TrajectoryStore(tmp_path)
+    store.append(rows(0, 3))
+    store.truncate(0)
+    assert not has_trajectory(tmp_path)
+    with pytest.raises(InputError, match=r"holds no row yet.*Fix: wait"):
+        open_trajectory(tmp_path)
+    store.append(rows(0, 2))
+    assert open_trajectory(tmp_path).sizes["step"] == 2
+
+
+def test_metadata_that_contradict_each_other_are_noticed(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 3))
+    path = tmp_path / TRAJECTORY / ".zattrs"
+    path.write_text(path.read_text().replace("alignment", "agreement", 1))
+    with pytest.raises(DamagedError, match="contradict each other"):
+        open_trajectory(tmp_path)
+
+
+def test_a_chunk_that_was_cut_is_noticed_when_it_is_read(tmp_path):
+    TrajectoryStore(tmp_path).append(rows(0, 3))
+    dataset = open_trajectory(tmp_path)
+    for path in (tmp_path / TRAJECTORY).glob("*-*/0*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="a chunk is not as long as it was"):
+        dataset.load()
+
+
+def test_a_chunk_with_a_checksum_must_be_there_and_be_whole(tmp_path):
+    """A store whose chunks have checksums, as zarr writes them."""
+    import zarr
+    from numcodecs import CRC32, Blosc
+
+    path = tmp_path / TRAJECTORY
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.attrs.update(packs={"a": ["x"]}, labels=[])
+    for name, shape in {"a": (3, 1, 2), "step": (3,)}.items():
+        dims = ["step", "a:names", "instance"][: len(shape)]
+        array = group.create_array(
+            name,
+            shape=shape,
+            dtype="i8",
+            filters=[Blosc()],
+            compressors=CRC32(),
+            attributes={"_ARRAY_DIMENSIONS": dims},
+        )
+        array[...] = np.arange(1, 1 + np.prod(shape)).reshape(shape)
+    zarr.consolidate_metadata(group.store, zarr_format=2)
+    assert open_trajectory(tmp_path)["x"].values.tolist() == [[1, 2], [3, 4], [5, 6]]
+    (chunk,) = (path / "a").glob("0*")
+    raw = chunk.read_bytes()
+    chunk.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(DamagedError, match="checksum"):
+        open_trajectory(tmp_path)["x"].load()
+    chunk.unlink()
+    with pytest.raises(DamagedError, match="a chunk is missing"):
+        open_trajectory(tmp_path)["x"].load()

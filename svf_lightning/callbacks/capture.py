@@ -130,7 +130,7 @@ class Capture(Driver, default=True):
         """Complete the row with the losses that the update came from."""
         if self._pending is not None:
             self._pending.set_losses(outputs)
-            if self._commit(trainer) and not self._monitors:
+            if self._commit(trainer):  # progress bars and the like read these
                 pl_module.log_dict(self.latest_means(), logger=False)
             if any(every and trainer.global_step % every == 0 for every in self._monitors):
                 self._tell_monitors(pl_module)

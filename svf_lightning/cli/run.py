@@ -52,6 +52,7 @@ from svf_lightning.wandb_logger import RunLogger
 
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"
 _RUNS = Path("runs")
+_PARTS = ("experiment", "capture", "trainer", "model", "data")
 # these say where a run begins and goes, and what is drawn of it
 _NOT_SETTINGS = ("config", "ckpt_path", "weights_only", "run_dir", "overwrite", "report", "remeasure")
 
@@ -110,6 +111,9 @@ class RunCLI(LightningCLI):
             files = CommandLine(args, COMMANDS).values(*CONFIG_FLAGS)
             raise InputError(explain(one_line(error), command, known, files)) from error
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        for part in _PARTS:
+            if not isinstance(config.get(part), Namespace):
+                raise bad_value(part, config.get(part), "options by name", f"leave out {part}, or correct it")
         seed = config.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
             raise bad_value("seed_everything", seed, f"0 to {2**32 - 1}", "change --seed_everything")

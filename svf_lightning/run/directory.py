@@ -74,7 +74,12 @@ def check_free(run_dir: Path) -> None:
             f"run_dir {run_dir} already holds a run. Allowed: a directory without one. Fix: choose another --run_dir, "
             f"or go on with that run: --ckpt_path {run_dir / CHECKPOINTS / 'last.ckpt'}."
         )
-    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise InputError(
+            f"run_dir {run_dir} cannot be made ({existing} is no directory). Allowed: a directory that can be made. "
+            "Fix: choose another --run_dir."
+        )
     if not os.access(existing, os.W_OK):
         raise InputError(
             f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir."

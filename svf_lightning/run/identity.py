@@ -16,7 +16,7 @@ from svf_lightning.run.directory import read_config
 from svf_lightning.run.settings import Experiment
 from svf_lightning.trajectory import measured_by, trajectory_parts
 
-_LONGEST_ID = 100  # W&B takes a few more
+_LONGEST_ID = 110  # characters; W&B takes 128
 _METRICS = "metrics"  # of an identity: version and options of each metric callback
 _IDENTITY = {f"{_METRICS}?": {"*": Mapping}}
 
@@ -43,8 +43,8 @@ def wandb_name(
 
 def _wandb_id(name: str) -> str:
     """The name of a run directory as W&B takes it for an id: as it is, or with a checksum for what it cannot have."""
-    usable = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:_LONGEST_ID].strip("-")
-    return name if usable == name and name else f"{usable}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
+    usable = re.sub(r"[:;,#?/']", "-", "".join(c for c in name if c.isprintable()))[:_LONGEST_ID].strip()
+    return name if usable == name else f"{usable}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 @runtime_checkable

@@ -100,6 +100,7 @@ class TargetOptions(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least("n_pairs", self.n_pairs, 1, key="model.n_pairs")
         _one_of("target_position", self.target_position, Position)
 
 

@@ -168,3 +168,17 @@ def test_a_run_of_version_0_1_0_without_its_settings_goes_on_as_nobody_knows_its
     path = old_run(tmp_path, SVDAlignment(significant=0.1))
     (tmp_path / "config.yaml").unlink()
     check_same_identity(path, identity(SVDAlignment()))
+
+
+def test_the_name_of_a_run_directory_is_wandb_s_id_where_it_can_be(tmp_path):
+    def run_id(name):
+        return wandb_name(tmp_path / name, "fit", EXPERIMENT)["run_id"]
+
+    assert run_id("20261121-043300-323f") == "20261121-043300-323f"
+    assert run_id("lambda_attn=3_seed=0-12345678") == "lambda_attn=3_seed=0-12345678"
+    assert run_id("a/../b") == "b"
+    unusual = ["a:b", "a-b", "a;b", "n" * 200, "n" * 201, "äöü", ":::"]
+    ids = [run_id(name) for name in unusual]
+    assert ids[1] == "a-b"
+    assert len(set(ids)) == len(ids)
+    assert all(len(one) < 128 and not set(one) & set(":;,#?/'") for one in ids)
