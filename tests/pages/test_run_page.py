@@ -18,7 +18,7 @@ from svf_lightning.pages.explorer import frames
 from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
 
-EVIL = "<script>document.title='broken'</script>"
+EVIL = "<img src=x onerror=document.title='broken'>"
 LEFT = "left singular vectors (|cosine|)"
 training = FIGURES["training"]
 
