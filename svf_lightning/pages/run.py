@@ -99,9 +99,7 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
         text, tables = f"{hold}. {end}", _claims(summary)
     if left_out := dataset.attrs["left_out"]:
         rows = [[f"{step:,}", why] for step, why in left_out.items()]
-        text += (
-            f" No curve shows these {len(rows)} checkpoints." if len(rows) > 1 else " No curve shows one checkpoint."
-        )
+        text += f" Checkpoints that no curve and no figure shows: {len(rows)}."
         tables.append(Table(["step", "left out, as it"], rows, frozenset(["left out, as it"])))
     settings = [
         [f"{part}.{name}", json.dumps(value)]

@@ -149,7 +149,7 @@ def _equal(checkpoints: Sequence[Weights]) -> dict[int, str]:
     with_sample = [one for one in checkpoints if one.fingerprint is not None]
     distances: np.ndarray | None = None
     same_shapes = all(_fingerprint(one).shapes == _fingerprint(with_sample[0]).shapes for one in with_sample)
-    if len(with_sample) == len(checkpoints) and same_shapes:
+    if with_sample and len(with_sample) == len(checkpoints) and same_shapes:
         distances = _distances(_samples(checkpoints))
     for group in _groups([one.hash for one in checkpoints]):
         kept = _where_it_belongs(group, len(checkpoints), distances)
