@@ -138,8 +138,8 @@ def _left_out(checkpoints: Mapping[int, str]) -> Sentence | None:
     """How many checkpoints no curve shows; None if all are shown."""
     if not checkpoints:
         return None
-    words = f"these {len(checkpoints)} checkpoints" if len(checkpoints) > 1 else "one checkpoint"
-    return Sentence(f"No curve shows {words}.", {"step": np.array(list(checkpoints))}, True)
+    text = f"Checkpoints that no curve and no figure shows: {len(checkpoints)}."
+    return Sentence(text, {"left out": np.array(len(checkpoints))}, True)
 
 
 def _diverged(dataset: xr.Dataset) -> Sentence | None:

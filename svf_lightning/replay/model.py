@@ -249,7 +249,9 @@ class CheckpointReplay(pl.LightningModule):
         space = HeadSpace(make_bridge(loaded.model, processing=self.processing))
         if self.processing == "folded":
             check_folded(space.bridge, some.tokens)
-        logit_error = _compare_logits(ref, space.observe(some.tokens, some.query).logits, logits)
+        observed = space.observe(some.tokens, some.query)
+        logit_error = _compare_logits(ref, observed.logits, logits)
+        space.attended(observed, some.key)  # compares rebuilt scores with the model's own
         return _Replayed(loaded, space, self._features(space, data, device), fingerprint, logit_error, start)
 
     def _check_shapes(self, ref: CheckpointRef, fingerprint: Fingerprint) -> None:

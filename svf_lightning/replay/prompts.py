@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from svf_lightning.errors import InputError, bad_value, closest, reason
+from svf_lightning.errors import InputError, bad_value, closest, reason, shortened
 from svf_lightning.terminal import say
 
 if TYPE_CHECKING:
@@ -497,7 +497,7 @@ def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encodi
         raise bad_value(where, given, "the position of a token, or a word of the text", "give one of them")
     spans = _spans(text, given.strip())
     if len(spans) != 1:
-        allowed = f"a word that occurs once in {text!r} (this one occurs {len(spans)} times)"
+        allowed = f"a word that occurs once in {shortened(repr(text))} (this one occurs {len(spans)} times)"
         raise bad_value(where, given, allowed, "give the position of the token" if spans else "correct the word")
     token, pieces = _token_at(tokenizer, encoding, text, spans[0])
     if token is None:

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from svf_lightning.errors import InputError
 from svf_lightning.replay.prompts import (
@@ -22,6 +31,7 @@ from svf_lightning.replay.prompts import (
     TEMPLATES,
     Prompt,
     batches,
+    check_prompts_fit,
     ioi_prompts,
     ioi_sentences,
     read_prompts,
@@ -555,6 +565,131 @@ def test_an_unusable_file_is_an_input_error(tmp_path, words, name, content, mess
         read_prompts(path, words)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["text", "key", "correct", "wrong", "query"])
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc00", "a\\udfff b"])
+def test_half_a_character_is_an_input_error(tmp_path, words, field, half):
+    """JSON can write it, and no tokenizer can read it."""
+    path = tmp_path / "p.jsonl"
+    row = json.dumps({**GOOD, "query": -1, field: "HALF"}).replace("HALF", half)
+    path.write_text(f"{json.dumps(GOOD)}\n{row}\n")
+    with pytest.raises(
+        InputError, match=rf"line 2: {field}='.*whole characters \(at \d there is half of one\)"
+    ) as caught:
+        read_prompts(path, words)
+    str(caught.value).encode("utf-8")  # it can be shown
+
+
+ACCENTED = "When Zoë and John went to the café, John gave a drink to"
+
+
+@pytest.mark.parametrize("text_form", ["NFC", "NFD"])
+@pytest.mark.parametrize("word_form", ["NFC", "NFD"])
+def test_a_word_is_found_however_its_accents_are_written(tmp_path, text_form, word_form):
+    text, name, place = (
+        unicodedata.normalize(form, word)
+        for form, word in ((text_form, ACCENTED), (word_form, "Zoë"), (word_form, "café"))
+    )
+    tokenizer = word_level([*text.replace(",", " ,").split(), *ACCENTED.split()])
+    row = {"text": text, "key": name, "correct": name, "wrong": "John"}
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", row), tokenizer)
+    assert (prompt.text, prompt.key) == (text, 1)  # the model reads what is written
+    assert unicodedata.normalize("NFC", tokenizer.decode([prompt.correct])) == unicodedata.normalize("NFC", "Zoë")
+    (prompt,) = read_prompts(write(tmp_path / "p.jsonl", {**row, "key": place}), tokenizer)
+    assert prompt.key == 7
+
+
+def test_positions_are_those_of_the_text_as_it_is_written(tmp_path):
+    """Characters are counted in the composed text to find a word, and in the original to find its token."""
+    text = unicodedata.normalize("NFD", "é è ê Mary 한국 John gave it to")
+    tokenizer = word_level(text.split())
+    for word, position in (("Mary", 3), ("한국", 4), ("John", 5)):
+        row = {"text": text, "key": word, "correct": "Mary", "wrong": "John"}
+        assert read_prompts(write(tmp_path / "p.jsonl", row), tokenizer)[0].key == position
+
+
+def test_a_message_about_a_huge_line_is_short(tmp_path, words):
+    for content in ("x" * 10**6, json.dumps({**GOOD, "text": f"Mary {'x ' * 10**5}"}), "[" * 10**5):
+        (tmp_path / "p.jsonl").write_text(content)
+        with pytest.raises(InputError) as caught:
+            read_prompts(tmp_path / "p.jsonl", words)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_file_that_is_too_large_is_not_read_as_a_whole(tmp_path, words):
+    path = tmp_path / "p.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 << 20)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"at most 16 MiB \(it has 100 MiB\)"):
+        read_prompts(path, words)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 9, b"\x00" * 99, '{"text": "a\0b"}'.encode("utf-16")])
+def test_a_file_that_is_no_text_is_an_input_error(tmp_path, words, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"UTF-8 text|zero bytes"):
+        read_prompts(tmp_path / "p.jsonl", words)
+
+
+def test_lines_that_repeat_others_count_and_are_told(tmp_path, words, capsys):
+    other = {**GOOD, "key": "store"}
+    assert len(read_prompts(write(tmp_path / "p.jsonl", GOOD, other, GOOD, GOOD), words)) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "line 3 repeats line 1, and 1 more do the like" in line
+    read_prompts(write(tmp_path / "p.jsonl", GOOD, other), words)
+    assert capsys.readouterr().err == ""
+
+
+# ---- prompts and the model that reads them
+
+
+def test_prompts_that_are_too_long_or_have_unknown_tokens_do_not_fit():
+    prompt = Prompt("a b c", (1, 2, 3), 2, 1, 4, 5)
+    check_prompts_fit([prompt], GPT2Config(n_positions=3, vocab_size=6), "m")
+    with pytest.raises(InputError, match=r"'a b c' .*at most 2 tokens, the context window of m \(it has 3\)"):
+        check_prompts_fit([prompt], GPT2Config(n_positions=2, vocab_size=6), "m")
+    with pytest.raises(InputError, match=r"tokens 0\.\.4, the vocabulary of m \(it has 5\): the tokenizer is larger"):
+        check_prompts_fit([prompt], GPT2Config(n_positions=3, vocab_size=5), "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "message"),
+    [
+        ({"max_position_embeddings": 8}, None, "at most 8 tokens, the context window of model"),
+        ({"vocab_size": 40}, None, "the tokenizer is larger than the model"),
+        ({}, json.dumps({**GOOD, "text": TEXT + " the store" * 70}), "at most 128 tokens"),
+        ({}, json.dumps(GOOD).replace("Mary", "\\ud83d"), "whole characters"),
+        ({}, "", "at least one"),
+    ],
+    ids=["short context", "small vocabulary", "long prompt", "half a character", "empty file"],
+)
+def test_the_command_says_so_in_one_line_and_writes_nothing(suite, typed, command, changes, prompts, message):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig.from_pretrained(suite / "step0")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    GPTNeoXForCausalLM(config).save_pretrained(command.folder / "model")
+    AutoTokenizer.from_pretrained(suite / "step0").save_pretrained(command.folder / "model")
+    options = ["--data.n_prompts=9"]
+    if prompts is not None:
+        (command.folder / "mine.jsonl").write_text(prompts)
+        options = ["--data.prompts=mine.jsonl"]
+    before = command.files()
+    result = typed(
+        "replay", "--data.source=svf_lightning.replay.FolderCheckpoints", "--data.source.init_args.folder=model",
+        *options,
+    )  # fmt: skip
+    assert result.returncode == 2
+    *_, line = result.stderr.strip().splitlines()
+    assert message in line
+    assert "Allowed: " in line
+    assert "Traceback" not in result.stderr
+    assert command.files() == before
 
 
 def test_a_missing_file_or_a_folder_is_an_input_error(tmp_path, words):
