@@ -257,10 +257,8 @@ def verified_svd(matrix: Float[Tensor, "... n m"]) -> tuple[Tensor, Tensor, Tens
             at = tuple(index.tolist())
             U[at], S[at], Vh[at] = _robust_svd(matrix[at])
     if not bool(finite.all()):
-        U, S, Vh = (
-            part.masked_fill(~finite.reshape(finite.shape + (1,) * extra), torch.nan)
-            for part, extra in ((U, 2), (S, 1), (Vh, 2))
-        )
+        for part in (U, S, Vh):  # in place: products round differently where memory is laid out differently
+            part[~finite] = torch.nan
     return U, S, Vh.mT
 
 

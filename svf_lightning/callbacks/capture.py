@@ -37,6 +37,7 @@ from svf_lightning.trajectory import open_trajectory
 _BLOCK_BYTES = 1 << 20  # bytes of probes per call: with all intermediate results this fills about one core's cache
 _LOSS_PREFIX = "loss/"
 _TOTAL = "loss/total"
+_FEATURES = "W"
 _LABEL = np.dtype("<U64")  # fixed width, so that rows can be appended
 
 
@@ -386,9 +387,10 @@ class Capture(Driver, default=True):
         for where in zip(*np.nonzero(bad.any(0)), strict=True):
             if where not in self._diverged:
                 self._diverged.add(where)
-                step = rows.steps[bad[(slice(None), *where)].argmax()]
+                row = int(bad[(slice(None), *where)].argmax())
                 label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=False))
-                say(f"svf-lightning: {label} diverged: {_TOTAL} is not finite at step {step}")
+                what = _what_is_not_finite(rows, (row, *where))
+                say(f"svf-lightning: {label} diverged: {what} at step {rows.steps[row]}; it ends there, others go on")
         if bad[-1].all():
             raise DivergedError(f"every instance diverged by step {rows.steps[-1]}: lower the learning rate")
 
@@ -407,6 +409,19 @@ def _monitored_every(callbacks: Sequence[Callback]) -> list[int]:
     monitoring = [callback for callback in callbacks if getattr(callback, "monitor", None) is not None]
     # private in Lightning, which has no public way to ask
     return [getattr(callback, "_every_n_train_steps", 0) or 0 for callback in monitoring]
+
+
+def _what_is_not_finite(rows: Rows, where: tuple[int, ...]) -> str:
+    """Why a loss is no number: the parts of it that are none, and how large the features are."""
+    scalars = rows.scalars()
+    parts = [name for name in scalars if name.startswith(_LOSS_PREFIX) and name != _TOTAL]
+    lost = [name for name in parts if not np.isfinite(scalars[name][where])] or [_TOTAL]
+    verb = "is" if len(lost) == 1 else "are"
+    if _FEATURES not in rows.values:
+        return f"{' and '.join(lost)} {verb} not finite"
+    largest = np.abs(rows.values[_FEATURES][1][where]).max()
+    size = f"have entries up to {largest:.2g}" if np.isfinite(largest) else "are not finite either"
+    return f"{' and '.join(lost)} {verb} not finite, and the features {size},"
 
 
 def _end_after_this_step(trainer: Trainer) -> None:

@@ -28,7 +28,7 @@ SETTINGS = {
         "--model.weight_decay=0.01",
     ),
 }  # fmt: skip
-POINTS = 40  # of each kind of fault
+POINTS = int(os.environ.get("FAULT_POINTS", "40"))  # of each kind of fault
 
 
 class AtFileOperation:
