@@ -178,8 +178,8 @@ def test_a_training_that_goes_on_with_other_options_is_refused_and_the_differenc
     resume = ("fit", f"--ckpt_path={run_dir}/checkpoints/last.ckpt", "--trainer.max_steps=35", "--report=false")
     resume += ("--trainer.logger=false", "--model.n_instances=2", "--data.batch_size=16")
     for flags, difference in (
-        (["--config=single_pair", *QUICK[1:]], "FeatureNorms.power=2.0, and this call has None"),
-        (["--trainer.callbacks.power=3"], "FeatureNorms.power=2.0, and this call has 3.0"),
+        (["--config=single_pair", *QUICK[1:]], "FeatureNorms.power was 2.0 and is None now"),
+        (["--trainer.callbacks.power=3"], "FeatureNorms.power was 2.0 and is 3.0 now"),
     ):
         result = typed(*resume, *flags)
         assert result.returncode == 2, result.stderr

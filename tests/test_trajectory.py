@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.training import keep_rows
 
 from svf_lightning.errors import DamagedError, InputError
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
@@ -303,11 +304,11 @@ def test_the_store_says_how_its_rows_were_measured(tmp_path):
 def test_a_store_without_a_row_is_no_trajectory_yet(tmp_path):
     store = TrajectoryStore(tmp_path)
     store.append(rows(0, 3))
-    store.truncate(0)
+    keep_rows(tmp_path, 0)
     assert not has_trajectory(tmp_path)
     with pytest.raises(InputError, match=r"holds no row yet.*Fix: wait"):
         open_trajectory(tmp_path)
-    store.append(rows(0, 2))
+    TrajectoryStore(tmp_path).append(rows(0, 2))
     assert open_trajectory(tmp_path).sizes["step"] == 2
 
 

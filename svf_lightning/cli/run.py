@@ -130,7 +130,7 @@ class RunCLI(LightningCLI):
         """
         config = self.config[self.subcommand]
         check_options(config.trainer)
-        give_way(config.trainer)
+        give_way(config.trainer, goes_on=config.get("ckpt_path") is not None)
         self.config_text = self.resolved()
         self.run_dir = self._choose_run_dir(config)
         self._was_there = self.run_dir.exists()

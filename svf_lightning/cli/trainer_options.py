@@ -78,13 +78,13 @@ def check_options(trainer: Namespace) -> None:
         )  # fmt: skip
 
 
-def give_way(trainer: Namespace) -> None:
-    """Leave out those callbacks of the presets that contradict what was asked for, and those that are named twice.
-
-    A run that goes on has the callbacks of its config.yaml; who repeats its command adds theirs a second time.
+def give_way(trainer: Namespace, goes_on: bool) -> None:
+    """Leave out those callbacks of the presets that contradict what was asked for.
 
     Args:
         trainer: The trainer's settings; they are changed.
+        goes_on: The callbacks are those of a run that goes on; who repeats its command adds theirs a second time, and
+            these are left out, too.
     """
     entries = _entries(trainer.callbacks)
     classes = [_class_of(entry) for entry in entries]
@@ -99,7 +99,7 @@ def give_way(trainer: Namespace) -> None:
                 continue
             if options.get("dirpath") is None:  # in the run directory, a run that goes on replaces what it redoes
                 options["enable_version_counter"] = False
-        if entry not in kept:
+        if not (goes_on and entry in kept):
             kept.append(entry)
     if trainer.callbacks is not None:
         trainer.callbacks = kept

@@ -21,6 +21,7 @@ from svf_lightning.run.changes import changes, sizes_in
 from svf_lightning.run.claims import Claim
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG
 from svf_lightning.run.identity import metric_identity, wandb_name
+from svf_lightning.run.lineage import SETTINGS
 from svf_lightning.run.settings import Experiment
 from svf_lightning.run.summary import Result, summarize
 from svf_lightning.sweep.trial import Trial, class_of
@@ -140,7 +141,7 @@ class TrialWriter(RowSink):
         path.unlink()
         learning_rates: torch.Tensor = pl_module.learning_rates  # type: ignore[assignment]
         for one in self._trials:
-            saved = {**whole, "callbacks": {}, "hyper_parameters": one.settings["model"]}
+            saved = {**whole, "callbacks": {}, "hyper_parameters": one.settings["model"], SETTINGS: one.trial.config}
             saved["state_dict"] = {name: value[one.instances].clone() for name, value in whole["state_dict"].items()}
             saved["optimizer_states"] = [_of_instances(state, one.instances) for state in whole["optimizer_states"]]
             rates = learning_rates[one.instances]

@@ -330,7 +330,7 @@ def everything(folder):
     [
         ("nothing", "config.yaml"),
         ("no trajectory", "not a trajectory"),
-        ("no settings", "holds no settings"),
+        ("no settings", "not a mapping"),
         ("broken settings", "cannot be read"),
         ("switched off", "WANDB_MODE"),
         ("an agent's trial", "WANDB_SWEEP_ID"),

@@ -158,4 +158,5 @@ def test_what_is_in_the_way_of_a_sweeps_files_is_one_line(typed, tmp_path, place
         (folder / place).mkdir()
     result = typed("sweep", file, "--sweep_dir", folder, "--jobs=1")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
-    assert "sweep_dir" in result.stderr
+    assert str(folder) in result.stderr
+    assert "Fix: " in result.stderr

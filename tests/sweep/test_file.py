@@ -1,5 +1,6 @@
 """A sweep file gives the same trials, and the same command lines, as W&B's own code."""
 
+import ast
 import json
 import math
 from dataclasses import replace
@@ -309,7 +310,9 @@ def test_the_nested_form_gives_the_agents_command_line_and_names_with_dots(tmp_p
     trials = read_sweep(write(tmp_path, {"model": {"parameters": nested}, "seed_everything": {"value": 1}})).trials()
     assert [trial.label for trial in trials] == ["lambda_attn=1.0", "lambda_attn=3.0"]
     assert trials[1].values == {"model.lambda_attn": 3.0, "model.d_model": 16, "seed_everything": 1}
-    assert trials[1].args[-2:] == ("--model={'lambda_attn': 3.0, 'd_model': 16}", "--seed_everything=1")
+    grouped, seed = trials[1].args[-2:]
+    assert ast.literal_eval(grouped.removeprefix("--model=")) == {"lambda_attn": 3.0, "d_model": 16}
+    assert seed == "--seed_everything=1"
     model = yaml.safe_load(fit.of(trials[1].args[1:]))["model"]
     assert (model["lambda_attn"], model["d_model"], model["d_head"]) == (3.0, 16, 16)
 
