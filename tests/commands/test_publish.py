@@ -329,7 +329,7 @@ def everything(folder):
     [
         ("nothing", "config.yaml"),
         ("no trajectory", "not a trajectory"),
-        ("no settings", "holds no settings"),
+        ("no settings", "config.yaml cannot be read"),
         ("broken settings", "cannot be read"),
         ("switched off", "WANDB_MODE"),
         ("an agent's trial", "WANDB_SWEEP_ID"),
