@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"  # of a replay: what all rows of its curves share
 REPORT = "report.html"
 
+_LONGEST_NAME = 60  # characters of at most 4 bytes; a folder's name has up to 255 bytes
 _PART = (Mapping, NoneType)
 _OBJECT = {"class_path": str, "init_args?": _PART}
 _SETTINGS = {  # what readers rely on
@@ -43,10 +44,14 @@ def new_run_dir(experiment: str, root: Path) -> Path:
     """A name that no other run has: ``root/<experiment>/<date>-<time>-<4 letters>``. Nothing is created.
 
     Raises:
-        InputError: The experiment has no name.
+        InputError: The experiment's name is none of a folder.
     """
-    if not experiment:
-        raise bad_value("experiment.name", experiment, "the name of a folder", "set --experiment.name or --run_dir")
+    is_path = "/" in experiment or "\\" in experiment or experiment in ("", ".", "..")
+    if is_path or not experiment.isprintable() or experiment != experiment.strip() or len(experiment) > _LONGEST_NAME:
+        raise bad_value(
+            "experiment.name", experiment, f"1 to {_LONGEST_NAME} printable characters without slashes",
+            "change --experiment.name, or set --run_dir",
+        )  # fmt: skip
     return root / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 

@@ -10,8 +10,6 @@ from typing import Protocol, runtime_checkable
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.run.claims import Claim
 
-LONGEST_NAME = 60  # characters of at most 4 bytes; a folder's name has up to 255 bytes
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -23,9 +21,6 @@ class Experiment:
         shows: What it shows, in a line.
         tags: W&B tags.
         claims: What the paper says, computed at the end of the run.
-
-    Raises:
-        InputError: The name is none of a folder.
     """
 
     name: str = "toy"
@@ -33,14 +28,6 @@ class Experiment:
     shows: str = ""
     tags: list[str] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        is_path = "/" in self.name or "\\" in self.name or self.name in (".", "..")
-        if is_path or not self.name.isprintable() or len(self.name) > LONGEST_NAME or self.name != self.name.strip():
-            raise bad_value(
-                "experiment.name", self.name, f"up to {LONGEST_NAME} printable characters without slashes",
-                "change --experiment.name",
-            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 
 from svf_lightning.callbacks import Capture, RunSummary, SVDAlignment
 from svf_lightning.errors import InputError
-from svf_lightning.run.settings import CaptureOptions, Experiment, JoinsRun
+from svf_lightning.run.settings import CaptureOptions, JoinsRun
 from svf_lightning.wandb_logger import RunLogger
 
 
@@ -79,14 +79,3 @@ def test_callbacks_and_loggers_that_join_a_run_are_told_from_the_others():
     assert isinstance(RunSummary(), JoinsRun)
     assert isinstance(RunLogger(mode="disabled"), JoinsRun)
     assert not isinstance(SVDAlignment(), JoinsRun)
-
-
-@pytest.mark.parametrize("name", ["single_pair", "with spaces", "äöü", "a.b", "..x", "n" * 60, "<b>", ""])
-def test_the_name_of_an_experiment_is_that_of_a_folder(name):
-    assert Experiment(name).name == name
-
-
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "/tmp", "../x", "a\\b", "a\nb", "a\0b", "\x1b[2J", " a", "n" * 61])
-def test_any_other_name_is_refused(name):
-    with pytest.raises(InputError, match=r"experiment.name=.* is not usable.*without slashes.*Fix"):
-        Experiment(name)
