@@ -11,10 +11,10 @@ fit: .venv/installed ## install, and run the main job
 
 # one process per core, each with one thread: threads that spin would starve each other
 test: .venv/installed-dev ## install, and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 faults: .venv/installed-dev ## inject faults by the hundred, and print what became of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults --numprocesses auto --dist worksteal $(ARGS)
 
 check: .venv/installed-dev ## lint, format and types
 	$(BIN)/ruff check .

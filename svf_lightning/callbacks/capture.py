@@ -390,7 +390,7 @@ class Capture(Driver, default=True):
                 row = int(bad[(slice(None), *where)].argmax())
                 label = ", ".join(f"{d} {i}" for d, i in zip(rows.batch_dims, where, strict=False))
                 what = _what_is_not_finite(rows, (row, *where))
-                say(f"svf-lightning: {label} diverged: {what} at step {rows.steps[row]}; it ends there, others go on")
+                say(f"svf-lightning: {label} diverged at step {rows.steps[row]}: {what}; it ends there, others go on")
         if bad[-1].all():
             raise DivergedError(f"every instance diverged by step {rows.steps[-1]}: lower the learning rate")
 
@@ -420,8 +420,8 @@ def _what_is_not_finite(rows: Rows, where: tuple[int, ...]) -> str:
     if _FEATURES not in rows.values:
         return f"{' and '.join(lost)} {verb} not finite"
     largest = np.abs(rows.values[_FEATURES][1][where]).max()
-    size = f"have entries up to {largest:.2g}" if np.isfinite(largest) else "are not finite either"
-    return f"{' and '.join(lost)} {verb} not finite, and the features {size},"
+    size = f"the features have entries up to {largest:.2g}" if np.isfinite(largest) else "nor are the features"
+    return f"{' and '.join(lost)} {verb} not finite ({size})"
 
 
 def _end_after_this_step(trainer: Trainer) -> None:

@@ -305,7 +305,7 @@ def test_metrics_can_be_monitored_by_lightnings_own_callbacks(tmp_path):
 
 def test_an_instance_that_diverges_is_named_and_all_of_them_end_the_run(tmp_path, capsys):
     train(tmp_path / "one", steps=8, callbacks=capture(chunk=4), model={"lambda_attn": [1.0, 3e38, 1.0]})
-    assert "instance 1 diverged: loss/total is not finite at step" in capsys.readouterr().err
+    assert "instance 1 diverged at step 0: loss/total is not finite" in capsys.readouterr().err
     with pytest.raises(DivergedError, match="every instance diverged"):
         train(tmp_path / "all", steps=8, callbacks=capture(chunk=4), model={"lambda_attn": 3e38})
 

@@ -18,9 +18,9 @@ def claims_of(result, command):
 
 
 @pytest.mark.parametrize("preset", presets())
-def test_every_preset_runs_and_computes_its_claims(command, preset):
-    result = command("fit", "--config", f"configs/{preset}.yaml", "--trainer.max_steps=6", "--data.batch_size=8")
-    run_dir = run_dir_of(result, command)
+def test_every_preset_runs_and_computes_its_claims(forked, preset):
+    result = forked("fit", "--config", f"configs/{preset}.yaml", "--trainer.max_steps=6", "--data.batch_size=8")
+    run_dir = run_dir_of(result, forked)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["experiment"] == preset
     assert summary["claims"]
@@ -36,8 +36,8 @@ def test_every_preset_runs_and_computes_its_claims(command, preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
-def test_every_claim_of_every_preset_holds(command, preset):
-    claims = claims_of(command("fit", "--config", preset, *PLAIN), command)
+def test_every_claim_of_every_preset_holds(forked, preset):
+    claims = claims_of(forked("fit", "--config", preset, *PLAIN), forked)
     assert [claim["claim"] for claim in claims if claim["holds"] is False] == []
 
 
@@ -67,9 +67,9 @@ REDUCED = {
 
 
 @pytest.mark.parametrize("preset", REDUCED)
-def test_the_claims_of_a_preset_hold_already_at_a_reduced_size(command, preset):
+def test_the_claims_of_a_preset_hold_already_at_a_reduced_size(forked, preset):
     """Claims about some of the instances alone are left to the full size."""
-    claims = claims_of(command("fit", "--config", preset, *REDUCED[preset], *PLAIN), command)
+    claims = claims_of(forked("fit", "--config", preset, *REDUCED[preset], *PLAIN), forked)
     judged = [claim for claim in claims if claim["holds"] is not None and "instances with" not in claim["rule"]]
     assert judged
     assert {claim["claim"]: claim["measured"] for claim in judged if not claim["holds"]} == {}

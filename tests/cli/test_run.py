@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.command_line import Command, run_dir_of
+from helpers.command_line import Command, ForkedCommand, run_dir_of
 
 from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
@@ -27,8 +27,8 @@ def finished(tmp_path_factory):
     """One quick run that several tests look at (and copy before they change it)."""
     folder = tmp_path_factory.mktemp("finished") / "work"
     folder.mkdir()
-    command = Command(folder)
-    result = command("fit", *QUICK)
+    result = Command(folder)("fit", *QUICK)
+    command = ForkedCommand(folder)
     return command, result, run_dir_of(result, command)
 
 
@@ -74,10 +74,10 @@ def test_the_saved_config_repeats_the_run(finished, tmp_path):
     assert open_trajectory(run_dir).load().equals(open_trajectory(again).load())
 
 
-def test_an_override_reaches_everything_that_is_derived_from_it(command):
-    result = command("fit", *QUICK, *PLAIN, "--model.n_features=13", "--model.d_model=6", "--seed_everything=5")
-    config = yaml.safe_load((run_dir_of(result, command) / "config.yaml").read_text())
-    dataset = open_trajectory(run_dir_of(result, command))
+def test_an_override_reaches_everything_that_is_derived_from_it(forked):
+    result = forked("fit", *QUICK, *PLAIN, "--model.n_features=13", "--model.d_model=6", "--seed_everything=5")
+    config = yaml.safe_load((run_dir_of(result, forked) / "config.yaml").read_text())
+    dataset = open_trajectory(run_dir_of(result, forked))
     assert dataset.sizes["feature"] == 13
     assert dataset.sizes["d_model"] == config["model"]["d_head"] == 6
     assert dataset.sizes["instance"] == 2
@@ -85,14 +85,14 @@ def test_an_override_reaches_everything_that_is_derived_from_it(command):
     assert dataset["seed"].values.tolist() == [5, 6]
 
 
-def test_the_same_command_twice_makes_two_runs(command):
-    runs = {run_dir_of(command("fit", *QUICK, *PLAIN, "--trainer.max_steps=5"), command) for _ in range(2)}
+def test_the_same_command_twice_makes_two_runs(forked):
+    runs = {run_dir_of(forked("fit", *QUICK, *PLAIN, "--trainer.max_steps=5"), forked) for _ in range(2)}
     assert len(runs) == 2
 
 
-def test_lists_give_one_value_per_instance(command):
-    result = command("fit", *QUICK, *PLAIN, "--model.lambda_attn=[1.0, 1e-05]", "--data.feature_probability=[0.1, 0.5]")
-    assert open_trajectory(run_dir_of(result, command))["lambda_attn"].values.tolist() == [1.0, 1e-5]
+def test_lists_give_one_value_per_instance(forked):
+    result = forked("fit", *QUICK, *PLAIN, "--model.lambda_attn=[1.0, 1e-05]", "--data.feature_probability=[0.1, 0.5]")
+    assert open_trajectory(run_dir_of(result, forked))["lambda_attn"].values.tolist() == [1.0, 1e-5]
 
 
 @pytest.mark.parametrize("command_name", ["test", "validate"])
@@ -118,7 +118,7 @@ def wait_for_rows(process, folder, n):
             if open_trajectory(run_dir).sizes["step"] >= n:
                 return run_dir
         time.sleep(0.05)
-    raise AssertionError(process.communicate()[1])
+    raise AssertionError("it ended, or wrote too few rows")
 
 
 LONG = ("--trainer.max_steps=100000", "--data.batch_size=16", "--model.n_instances=2")
@@ -140,20 +140,19 @@ def test_ctrl_c_keeps_the_rows_and_writes_the_summary(command):
     assert "Traceback" not in err
 
 
-def test_a_killed_run_is_readable_and_resumes_to_the_run_that_was_not_killed(command):
-    process = command.start("fit", *LONG)
-    run_dir = wait_for_rows(process, command.folder, 600)
+def test_a_killed_run_is_readable_and_resumes_to_the_run_that_was_not_killed(forked):
+    process = forked.start("fit", *LONG)
+    run_dir = wait_for_rows(process, forked.folder, 600)
     process.kill()
-    process.communicate()
     rows = open_trajectory(run_dir).load()
     assert rows["step"].values.tolist() == list(range(rows.sizes["step"]))
     checkpoint = run_dir / "checkpoints" / "step-500.ckpt"
     resumed = run_dir_of(
-        command("fit", "--ckpt_path", checkpoint.relative_to(command.folder), "--trainer.max_steps=700", *PLAIN),
-        command,
+        forked("fit", "--ckpt_path", checkpoint.relative_to(forked.folder), "--trainer.max_steps=700", *PLAIN),
+        forked,
     )
     assert resumed == run_dir
-    whole = run_dir_of(command("fit", *LONG, "--trainer.max_steps=700", *PLAIN), command)
+    whole = run_dir_of(forked("fit", *LONG, "--trainer.max_steps=700", *PLAIN), forked)
     assert open_trajectory(whole).load().equals(open_trajectory(resumed).load())
     a, b = (json.loads((p / "summary.json").read_text()) for p in (whole, resumed))
     assert (a["metrics"], a["claims"], a["steps"]) == (b["metrics"], b["claims"], b["steps"])
@@ -198,7 +197,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(command, typed, finis
     (command.folder / "taken").mkdir()
     (command.folder / "taken" / "summary.json").write_text("{}")
     before = command.files()
-    run = command if case in ("no features", "an unknown option", "a corrupt checkpoint") else typed
+    run = command if case == "no features" else typed
     result = run("fit", *arguments)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
