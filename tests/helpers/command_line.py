@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class ForkedCommand(Command):
 
         logs = self.folder.parent / "logs"
         logs.mkdir(exist_ok=True)
-        base = logs / str(len(list(logs.iterdir())))
+        base = logs / uuid.uuid4().hex  # two that start together have a file each
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
