@@ -281,8 +281,8 @@ def test_two_runs_do_not_write_into_one_directory(forked, typed):
     process = forked.start("fit", *QUICK, "--trainer.max_steps=1000000", "--run_dir=run", "--capture.chunk=16")
     while not (forked.folder / "run" / "trajectory.zarr" / ".zmetadata").is_file():
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # at once: it comes to its first checkpoint otherwise
     assert refused(typed("fit", "--run_dir=run"), r"run already holds a run")
-    process.send_signal(signal.SIGSTOP)
     again = typed("fit", "--ckpt_path=run", "--capture.chunk=16")
     assert refused(again, rf"run is being written by another process \(process {process.pid} on ")
     process.kill()
