@@ -345,12 +345,11 @@ class ToyCLI(RunCLI):
         if not self.goes_on:
             return
         assert self.origin is not None
-        elsewhere = new_run_dir(self.config[self.subcommand].experiment.name, _RUNS)
         if differing:
             raise InputError(
                 f"{self.origin} has other settings: {described(differing)}. Allowed in place: the same settings "
                 "(length, devices, logging and display may differ). "
-                f"Fix: leave them as they are, or begin a run of its own: --run_dir {elsewhere}."
+                f"Fix: leave them as they are, or begin a run of its own: --run_dir {self._elsewhere()}."
             )
         last = newest_checkpoint(self.origin)
         ended = read_summary(self.origin).get("status") == "finished"
@@ -358,13 +357,17 @@ class ToyCLI(RunCLI):
             raise InputError(
                 f"{self.origin} has finished, and going back to step {self.step} would undo what came after it. "
                 f"Allowed: its last checkpoint, --ckpt_path {self.origin}. "
-                f"Fix: begin a run of its own, --run_dir {elsewhere}, or say --overwrite=true."
+                f"Fix: begin a run of its own, --run_dir {self._elsewhere()}, or say --overwrite=true."
             )
         if self.step == self.trainer.max_steps and ended and self.step > 0:
             raise bad_value(
                 "trainer.max_steps", self.trainer.max_steps, f"more than {self.step}, where {self.origin} has finished",
                 "raise --trainer.max_steps to train on",
             )  # fmt: skip
+
+    def _elsewhere(self) -> Path:
+        """A directory for a run of its own, to be proposed."""
+        return new_run_dir(self.config[self.subcommand].experiment.name, _RUNS)
 
     def _before(self) -> None:
         """Take the directory for this process, and check what it holds."""
