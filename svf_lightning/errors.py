@@ -23,6 +23,10 @@ class CheckpointError(RuntimeError):
     """One checkpoint cannot be had; the others may be fine. One line: which one, and why."""
 
 
+class TakenAwayError(RuntimeError):
+    """What a run writes was removed, or changed by somebody else, while it went on: it must not write any more."""
+
+
 class DivergedError(ArithmeticError):
     """Every instance has a loss that is not finite: going on would only waste time."""
 

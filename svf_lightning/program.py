@@ -22,7 +22,7 @@ from svf_lightning.commands.publish import publish
 from svf_lightning.commands.report import report
 from svf_lightning.commands.sweep import sweep
 from svf_lightning.commands.workspace import workspace
-from svf_lightning.errors import CheckpointError, DivergedError, InputError, one_line, out_of_resources
+from svf_lightning.errors import CheckpointError, DivergedError, InputError, TakenAwayError, one_line, out_of_resources
 from svf_lightning.stop import INTERRUPTED, STOP
 from svf_lightning.terminal import say
 from svf_lightning.trajectory import has_trajectory
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         say(f"svf-lightning: {one_line(error)}")
         return _BAD_INPUT
-    except (DivergedError, CheckpointError) as error:
+    except (DivergedError, CheckpointError, TakenAwayError) as error:
         say(f"svf-lightning: {error}")
         return 1
     except Interrupted as stop:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from svf_lightning.errors import DamagedError, InputError, damaged, reason
+from svf_lightning.errors import DamagedError, InputError, TakenAwayError, damaged, reason
 from svf_lightning.files import write_text
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
 from svf_lightning.quantities import ATTRIBUTE, Place, Quantity, as_json, attach, stored_quantities
@@ -37,6 +38,7 @@ FORMAT = 1
 _MEASURED_BY = "measured_by"  # attribute: version and options of each metric callback
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
 _CHUNK_BYTES = 4 << 20
+_REMOVED = "{} was removed while the run wrote it. Nothing more is written. Fix: begin a new run."
 _CAPACITY = 1 << 40  # rows in the arrays' own metadata; the consolidated metadata have the true number
 
 
@@ -275,6 +277,7 @@ class TrajectoryStore:
         self._metadata: dict[str, Any] = {}
         self._n_rows = 0
         self._n_kept: int | None = None
+        self._left = 0  # hash of the metadata as this writer left them
 
     def __len__(self) -> int:
         if self.exists:
@@ -296,7 +299,12 @@ class TrajectoryStore:
 
         Raises:
             InputError: Names or shapes differ from those of the rows already there, or a dimension has two sizes.
+            TakenAwayError: The store was removed since the last call, or somebody else has written into it.
         """
+        with self._undisturbed():
+            self._append(rows, include)
+
+    def _append(self, rows: Rows, include: Collection[str] | None) -> None:
         kept = {
             name: column
             for name, column in rows.values.items()
@@ -328,6 +336,7 @@ class TrajectoryStore:
             )
             self._arrays[pack][at] = values
         self._arrays["step"][at] = steps
+        self._check_as_left()  # zarr has made anew what was removed since this call began
         self._commit(at.stop)
 
     def go_on(self, step: int, expected: Iterable[int]) -> None:
@@ -342,11 +351,7 @@ class TrajectoryStore:
         Raises:
             InputError: Rows before it are missing, or the store is damaged.
         """
-        if self.path.exists() and not self.exists:
-            raise InputError(
-                f"{self.path} is damaged: {METADATA} is missing, which says what it holds. "
-                "Fix: restore that file, or begin a new run."
-            )
+        self.check_metadata()
         steps = _open_part(self.path)["step"].values if self.exists else np.empty(0, dtype=np.int64)
         kept = steps[steps < step]
         missing = sorted(set(expected) - set(kept.tolist()))
@@ -358,6 +363,18 @@ class TrajectoryStore:
                 "directory (--run_dir)."
             )
         self._n_kept = len(kept)
+
+    def check_metadata(self) -> None:
+        """Check that a store with rows says so; one without is written anew by the first :meth:`append`.
+
+        Raises:
+            InputError: It is damaged.
+        """
+        if self.path.exists() and not self.exists:
+            raise InputError(
+                f"{self.path} is damaged: {METADATA} is missing, which says what it holds. "
+                "Fix: restore that file, or begin a new run."
+            )
 
     def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], rows: Rows) -> None:
         import zarr
@@ -413,7 +430,8 @@ class TrajectoryStore:
                 group = zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
             else:
                 zarr.consolidate_metadata(group.store, zarr_format=2)
-            self._metadata = json.loads((self.path / METADATA).read_text())
+            text = (self.path / METADATA).read_text(encoding="utf-8")
+            self._metadata, self._left = json.loads(text), hash(text)
             self._n_rows = self._metadata["metadata"]["step/.zarray"]["shape"][0]
             self._arrays = {name: group[name] for name in (*group.attrs["packs"], "step")}  # type: ignore[misc]
             for array in self._arrays.values():
@@ -426,8 +444,35 @@ class TrajectoryStore:
         """Make exactly the first rows visible."""
         for name in self._arrays:
             self._metadata["metadata"][f"{name}/.zarray"]["shape"][0] = n_rows
-        write_text(self.path / METADATA, json.dumps(self._metadata), durable=False)
-        self._n_rows = n_rows
+        text = json.dumps(self._metadata)
+        write_text(self.path / METADATA, text, durable=False)
+        self._n_rows, self._left = n_rows, hash(text)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Check before and after a failure, whatever it is, that nobody else was here."""
+        if self._left:
+            self._check_as_left()
+        try:
+            yield
+        except Exception as error:
+            if self._left:
+                self._check_as_left()
+            elif isinstance(error, FileNotFoundError):  # a part of the store that was being made
+                raise TakenAwayError(_REMOVED.format(self.path)) from error
+            raise
+
+    def _check_as_left(self) -> None:
+        """Check that nobody else was here: what this writer adds would not be whole, or would mix with other rows."""
+        try:
+            text = (self.path / METADATA).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise TakenAwayError(_REMOVED.format(self.path)) from error
+        if hash(text) != self._left:
+            raise TakenAwayError(
+                f"another process has written into {self.path} while the run wrote it. Nothing more is written. "
+                "Allowed: one run at a time in a directory. Fix: begin a new run."
+            )
 
 
 def _chunk_shape(n_rows: int, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 import torch
 from helpers.training import keep_rows
 
-from svf_lightning.errors import DamagedError, InputError
+from svf_lightning.errors import DamagedError, InputError, TakenAwayError
 from svf_lightning.metrics import cosine_matrix, feature_dimensionality, gram
 from svf_lightning.quantities import Quantity, stored_quantities
 from svf_lightning.rows import Rows
 from svf_lightning.trajectory import TRAJECTORY, TrajectoryStore, has_trajectory, measured_by, open_trajectory
+from svf_lightning.zarr_files import METADATA
 
 I, D, N, R = 3, 7, 11, 5  # noqa: E741
 
@@ -358,3 +360,28 @@ def test_a_chunk_with_a_checksum_must_be_there_and_be_whole(tmp_path):
     chunk.unlink()
     with pytest.raises(DamagedError, match="a chunk is missing"):
         open_trajectory(tmp_path)["x"].load()
+
+
+@pytest.mark.parametrize("taken", ["the run directory", "the metadata"])
+def test_a_writer_whose_store_was_removed_writes_nothing_more(tmp_path, taken):
+    run_dir = tmp_path / "run"
+    store = TrajectoryStore(run_dir)
+    store.append(rows(0, 4))
+    if taken == "the run directory":
+        shutil.rmtree(run_dir)
+    else:
+        (store.path / METADATA).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TakenAwayError, match="was removed while the run wrote it"):
+        store.append(rows(4, 8))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_writer_notices_that_another_one_has_written(tmp_path):
+    first, second = TrajectoryStore(tmp_path), TrajectoryStore(tmp_path)
+    first.append(rows(0, 4))
+    second.append(rows(4, 8))
+    there = open_trajectory(tmp_path).load()
+    with pytest.raises(TakenAwayError, match="another process has written into"):
+        first.append(rows(4, 8, seed=1))
+    assert open_trajectory(tmp_path).load().equals(there)

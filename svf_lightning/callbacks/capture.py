@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Driver, Measured, ProbeMetric, RowSink, Status, class_path, quantities_of
-from svf_lightning.errors import DivergedError, InputError
+from svf_lightning.errors import DivergedError, InputError, TakenAwayError
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Quantity
@@ -229,7 +229,8 @@ class Capture(Driver, default=True):
         stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         try:
             self.close(trainer)
-            self._finish(trainer, pl_module, "interrupted" if stopped else "failed")
+            if not isinstance(exception, TakenAwayError):  # else there is no run directory to finish in
+                self._finish(trainer, pl_module, "interrupted" if stopped else "failed")
         except Exception as error:  # the first exception is the one to report
             say(f"svf-lightning: the last rows were lost: {error}")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import Driver, RowSink
-from svf_lightning.errors import InputError
+from svf_lightning.errors import InputError, TakenAwayError
 from svf_lightning.rows import Rows
 from svf_lightning.run.identity import check_same_metrics, metric_identity
+from svf_lightning.run.ledger import Ledger
 from svf_lightning.run.settings import Run
 from svf_lightning.trajectory import TrajectoryStore
 
@@ -50,6 +51,8 @@ class TrajectoryWriter(RowSink):
         )
         check_same_metrics(run_dir, callbacks)
         if self.add:
+            if any(entry.status == "done" for entry in Ledger(run_dir).entries()):
+                store.check_metadata()
             return store
         if step == 0 and store.exists:
             raise InputError(f"{run_dir} already holds a run's trajectory. Fix: use another run directory.")
@@ -60,8 +63,18 @@ class TrajectoryWriter(RowSink):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store; raises as :meth:`check`."""
         self._store = self.check(trainer, trainer.global_step if trainer.state.fn == "fit" else 0)
+        self._store.path.parent.mkdir(parents=True, exist_ok=True)
 
     def consume(self, rows: Rows) -> None:
-        """Append one chunk."""
+        """Append one chunk.
+
+        Raises:
+            TakenAwayError: The run directory or its trajectory was removed, or another process writes into it.
+        """
         assert self._store is not None
+        run_dir = self._store.path.parent
+        if not run_dir.is_dir():  # writing would make a new one, without what the run began with
+            raise TakenAwayError(
+                f"{run_dir} was removed while the run went on. Nothing more is written. Fix: begin a new run."
+            )
         self._store.append(rows, self.include)

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks import RowSink, TrajectoryWriter
 from svf_lightning.callbacks.base import Driver, Status
+from svf_lightning.errors import TakenAwayError
 from svf_lightning.files import write_text
 from svf_lightning.rows import Rows
 from svf_lightning.run.changes import changes, sizes_in
@@ -43,10 +44,10 @@ class _Open(NamedTuple):
         """Check that the run directory is still there: what is written into a new one would not be whole.
 
         Raises:
-            FileNotFoundError: It is not.
+            TakenAwayError: It is not.
         """
         if not (self.trial.folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{self.trial.folder} was removed while the trial trained")
+            raise TakenAwayError(f"{self.trial.folder} was removed while the trial trained")
 
     @property
     def experiment(self) -> Experiment:

@@ -13,7 +13,7 @@ import yaml
 from helpers.command_line import ForkedCommand, run_dir_of
 
 from svf_lightning.run.lineage import Parent
-from svf_lightning.trajectory import open_trajectory
+from svf_lightning.trajectory import has_trajectory, open_trajectory
 
 QUICK = ("--data.batch_size=16", "--model.n_instances=2", "--trainer.logger=false", "--report=false")
 EVERY_TEN = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=10")
@@ -22,6 +22,15 @@ SAVE = (*EVERY_TEN, "--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.fi
 
 def fit(forked, *arguments, **options):
     return forked("fit", *QUICK, *arguments, **options)
+
+
+def begun(forked, *arguments):
+    """A run in ``run`` that has written its first rows, and goes on."""
+    process = forked.start("fit", *QUICK, "--capture.chunk=16", *arguments, "--run_dir=run")
+    while not (forked.folder / "run" / "trajectory.zarr" / ".zmetadata").is_file():
+        assert process.poll() is None, process.output("err")
+        time.sleep(0.01)
+    return process
 
 
 def last(run_dir):
@@ -39,6 +48,11 @@ def bytes_of(run_dir):
         for path in run_dir.rglob("*")
         if path.is_file() and not path.name.startswith(".lock")
     }
+
+
+def files_of(run_dir):
+    """Names of its files, but for the lock's."""
+    return set(bytes_of(run_dir))
 
 
 def same_training(one, other):
@@ -112,11 +126,7 @@ def test_the_last_checkpoint_is_the_state_after_the_last_row(forked, end, argume
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGUSR1]], ids=str)
 def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(forked, signals):
-    process = forked.start("fit", *QUICK, "--trainer.max_steps=1000000", "--run_dir=run", "--capture.chunk=16")
-    run_dir = forked.folder / "run"
-    while not (run_dir / "trajectory.zarr" / ".zmetadata").is_file():
-        assert process.poll() is None, process.output("err")
-        time.sleep(0.01)
+    process, run_dir = begun(forked, "--trainer.max_steps=1000000"), forked.folder / "run"
     for number in signals:
         process.send_signal(number)
     assert process.wait(60) == 130
@@ -132,9 +142,7 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(forked, sign
 
 
 def test_a_second_signal_ends_the_run_at_once(forked):
-    process = forked.start("fit", *QUICK, "--trainer.max_steps=1000000", "--run_dir=run", "--capture.chunk=16")
-    while not (forked.folder / "run" / "trajectory.zarr" / ".zmetadata").is_file():
-        time.sleep(0.01)
+    process = begun(forked, "--trainer.max_steps=1000000")
     for _ in range(2):
         process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
@@ -278,9 +286,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(forked, run_dir, whole):
 
 
 def test_two_runs_do_not_write_into_one_directory(forked, typed):
-    process = forked.start("fit", *QUICK, "--trainer.max_steps=1000000", "--run_dir=run", "--capture.chunk=16")
-    while not (forked.folder / "run" / "trajectory.zarr" / ".zmetadata").is_file():
-        time.sleep(0.01)
+    process = begun(forked, "--trainer.max_steps=1000000")
     process.send_signal(signal.SIGSTOP)  # at once: it comes to its first checkpoint otherwise
     assert refused(typed("fit", "--run_dir=run"), r"run already holds a run")
     again = typed("fit", "--ckpt_path=run", "--capture.chunk=16")
@@ -289,6 +295,46 @@ def test_two_runs_do_not_write_into_one_directory(forked, typed):
     assert (
         fit(forked, "--ckpt_path=run", "--trainer.max_steps=40", "--capture.chunk=16").returncode == 0
     )  # no stale lock
+
+
+@pytest.mark.parametrize(("taken", "message"), [
+    (".", "was removed while the run (went on|wrote it)"),
+    ("trajectory.zarr", "was removed while the run wrote it"),
+])  # fmt: skip
+def test_a_run_whose_directory_is_removed_ends_with_one_line_and_makes_no_new_one(forked, taken, message):
+    process = begun(forked, "--trainer.max_steps=1000000")
+    process.send_signal(signal.SIGSTOP)  # or a file that is just being written would stay
+    run_dir = forked.folder / "run"
+    shutil.rmtree(run_dir / taken)
+    left = files_of(run_dir)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 1
+    assert re.fullmatch(f".*({message}).*\n", process.output("err")), process.output("err")
+    # a part of the store that was just being written may come again: nothing that looks like a run
+    assert all(name.startswith("trajectory.zarr/") for name in files_of(run_dir) - left)
+    assert not has_trajectory(run_dir)
+
+
+def test_a_run_in_whose_place_another_one_was_begun_does_not_write_into_it(forked):
+    first = begun(forked, "--trainer.max_steps=1000000", "--capture.chunk=2000")
+    time.sleep(0.3)  # its rows are written: it trains on to the next chunk
+    first.send_signal(signal.SIGSTOP)
+    run_dir = forked.folder / "run"
+    shutil.rmtree(run_dir)
+    assert fit(forked, "--run_dir=run", "--trainer.max_steps=20", "--seed_everything=5").returncode == 0
+    there = bytes_of(run_dir)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == 1
+    assert re.fullmatch(r".*another process has written into run/trajectory\.zarr.*\n", first.output("err"))
+    assert bytes_of(run_dir) == there
+
+
+def test_a_run_whose_experiment_has_a_name_that_no_folder_can_have_goes_on_in_place(forked, run_dir, whole):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["experiment"]["name"] = "a/b"  # as earlier versions allowed
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    assert fit(forked, "--config=run/config.yaml", "--ckpt_path=run", "--trainer.max_steps=45").returncode == 0
+    assert same_training(run_dir, whole)
 
 
 # ---- in a directory of its own ---------------------------------------------------------------------------------------
@@ -337,6 +383,28 @@ def test_a_branch_follows_its_own_schedule(forked, schedule):
     assert not torch.equal(
         torch.tensor(rows(branch)["W"].values[1]), torch.tensor(rows(forked.folder / "run")["W"].values[21])
     )
+
+
+def test_an_old_checkpoint_loads_with_a_metric_more_and_with_one_less(forked, run_dir, whole):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    callbacks = config["trainer"]["callbacks"]
+    (other,) = [c for c in callbacks if c["class_path"].endswith("SVDAlignment")]
+    config["trainer"]["callbacks"] = [c for c in callbacks if c is not other] + [
+        {"class_path": "svf_lightning.callbacks.TheoryGap"}
+    ]
+    (forked.folder / "other.yaml").write_text(yaml.safe_dump(config))
+    old = ("--config=other.yaml", "--ckpt_path=run/checkpoints/at-step=20.ckpt")
+    branch = run_dir_of(fit(forked, *old, "--run_dir=branch", "--trainer.max_steps=45"), forked)
+    differing = {name.split(".")[2] for name in Parent.read(branch).differences}
+    assert differing == {"SVDAlignment", "TheoryGap"}
+    trajectory, expected = rows(branch), rows(whole)
+    assert "alignment/matched" not in trajectory
+    assert set(trajectory) - set(expected)
+    assert all(torch.equal(last(branch)["state_dict"][n], last(whole)["state_dict"][n]) for n in ("W", "W_Q", "W_K"))
+    for name in set(trajectory) & set(expected):
+        assert trajectory[name].equals(expected[name].sel(step=trajectory["step"])), name
+    tested = run_dir_of(forked("test", *old, "--trainer.logger=false"), forked)
+    assert "alignment/matched" not in rows(tested)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_with_the_differences(typed, run_dir):

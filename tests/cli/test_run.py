@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.command_line import Command, ForkedCommand, run_dir_of
+from helpers.command_line import Command, ForkedCommand, ForkedProcess, run_dir_of
 
 from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
@@ -118,7 +118,9 @@ def wait_for_rows(process, folder, n):
             if open_trajectory(run_dir).sizes["step"] >= n:
                 return run_dir
         time.sleep(0.05)
-    raise AssertionError("it ended, or wrote too few rows")
+    process.kill()
+    err = process.output("err") if isinstance(process, ForkedProcess) else process.communicate()[1]
+    raise AssertionError(f"it ended, or wrote too few rows: {err}")
 
 
 LONG = ("--trainer.max_steps=100000", "--data.batch_size=16", "--model.n_instances=2")
