@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from svf_lightning.files import write_text
 
 _TITLE = 56  # pixels that a figure's title and subtitle take
 _NARROW_MARGIN = 150  # pixels
+_LONG = 200  # values of a curve
 _TEMPLATES = Environment(loader=PackageLoader(__package__), autoescape=True)
 
 
@@ -154,8 +156,20 @@ class _Placed(NamedTuple):
     content: dict[str, Any]  # JSON values, without template, fixed width, title and buttons
 
 
+def _smaller(values: Any) -> Any:
+    """Numbers of a long curve in single precision, as plotly packs arrays: more than a screen can show."""
+    if isinstance(values, list) and len(values) >= _LONG and all(isinstance(value, float | None) for value in values):
+        numbers = np.array([math.nan if value is None else value for value in values])
+        return {"dtype": "f4", "bdata": base64.b64encode(numbers.astype("<f4").tobytes()).decode()}
+    if isinstance(values, dict) and values.get("dtype") == "f8" and len(values["bdata"]) >= 8 * _LONG:
+        numbers = np.frombuffer(base64.b64decode(values["bdata"]), "<f8")
+        return {**values, "dtype": "f4", "bdata": base64.b64encode(numbers.astype("<f4").tobytes()).decode()}
+    return values
+
+
 def _place(name: str, figure: go.Figure) -> _Placed:
     content: dict[str, Any] = json.loads(figure.to_json())
+    content["data"] = [{part: _smaller(values) for part, values in trace.items()} for trace in content["data"]]
     layout = content["layout"]
     for part in ("template", "width"):
         layout.pop(part, None)

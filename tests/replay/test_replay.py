@@ -27,7 +27,8 @@ from svf_lightning.replay import (
 )
 from svf_lightning.replay.bridge import make_bridge
 from svf_lightning.run.ledger import Ledger
-from svf_lightning.trajectory import open_trajectory
+from svf_lightning.trajectory import TRAJECTORY, open_trajectory
+from svf_lightning.zarr_files import METADATA
 
 
 @pytest.fixture
@@ -190,6 +191,15 @@ def test_a_killed_replay_keeps_finished_checkpoints_and_goes_on(suite, tmp_path)
     assert resumed["step"].values.tolist() == STEPS
     for name in whole.data_vars:
         np.testing.assert_array_equal(resumed[name], whole[name], err_msg=str(name))
+
+
+def test_a_replay_does_not_go_on_where_its_rows_cannot_be_read(suite, tmp_path):
+    replay(FolderCheckpoints(str(suite), steps=[0]), tmp_path)
+    (tmp_path / TRAJECTORY / METADATA).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"\.zmetadata is missing"):
+        replay(FolderCheckpoints(str(suite)), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
