@@ -39,6 +39,8 @@ _MEASURED_BY = "measured_by"  # attribute: version and options of each metric ca
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
 _CHUNK_BYTES = 4 << 20
 _REMOVED = "{} was removed while the run wrote it. Nothing more is written. Fix: begin a new run."
+# a chunk is written whatever is in it: one that is missing is damage, and none is compared with the fill value first
+_WRITING: Any = {"write_empty_chunks": True}
 _CAPACITY = 1 << 40  # rows in the arrays' own metadata; the consolidated metadata have the true number
 
 
@@ -378,8 +380,10 @@ class TrajectoryStore:
 
     def _create(self, packs: Mapping[str, list[str]], columns: Mapping[str, Column], rows: Rows) -> None:
         import zarr
-        from numcodecs import Blosc
+        from numcodecs import CRC32, Blosc
 
+        # Zarr has one place for a compressor, the last step: Blosc is a filter, so that what it makes gets a checksum
+        blosc, checksum = Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE), CRC32(location="end")
         _check_sizes({**columns, **{name: (dims, v[None]) for name, (dims, v) in rows.coords.items()}})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         group = zarr.open_group(self.path, mode="w", zarr_format=2)
@@ -406,9 +410,9 @@ class TrajectoryStore:
                 chunks=_chunk_shape(self.rows_per_chunk, shape, dtype.itemsize),
                 dtype=dtype,
                 order="F",  # time runs fastest inside a chunk: neighbouring steps differ little, so this packs best
-                compressors=Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE),
+                filters=[blosc],
+                compressors=checksum,
                 fill_value=None,
-                config={"write_empty_chunks": True},  # without it, every chunk is first compared with the fill value
                 attributes={"_ARRAY_DIMENSIONS": ["step", *dims]},
             )
         for name, (dims, values) in rows.coords.items():
@@ -416,7 +420,10 @@ class TrajectoryStore:
                 name,
                 shape=values.shape,
                 dtype=values.dtype,
+                filters=[blosc],
+                compressors=checksum,
                 fill_value=None,
+                config=_WRITING,
                 attributes={"_ARRAY_DIMENSIONS": list(dims)},
             )
             array[...] = values
@@ -433,7 +440,9 @@ class TrajectoryStore:
             text = (self.path / METADATA).read_text(encoding="utf-8")
             self._metadata, self._left = json.loads(text), hash(text)
             self._n_rows = self._metadata["metadata"]["step/.zarray"]["shape"][0]
-            self._arrays = {name: group[name] for name in (*group.attrs["packs"], "step")}  # type: ignore[misc]
+            packs: Any = group.attrs["packs"]
+            arrays: Any = {name: group[name] for name in (*packs, "step")}
+            self._arrays = {name: array.with_config(_WRITING) for name, array in arrays.items()}
             for array in self._arrays.values():
                 if array.shape[0] != _CAPACITY:
                     array.resize((_CAPACITY, *array.shape[1:]))

@@ -59,7 +59,7 @@ class Chunks(NamedTuple):
     Args:
         n_bytes: Size of one without compression.
         always_there: Chunks with a checksum are written whatever is in them; others are left out where all is zero.
-        is_blosc: Files are what Blosc makes.
+        is_blosc: Files are what Blosc makes, as in stores of versions that wrote no checksums.
     """
 
     n_bytes: int
