@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -12,13 +12,15 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from filelock import FileLock, Timeout
 
 from svf_lightning.cli import FitSettings
 from svf_lightning.commands.report import report_sweep
 from svf_lightning.errors import InputError, bad_value, one_line, reason
 from svf_lightning.files import write_text
-from svf_lightning.run.directory import check_free
+from svf_lightning.run.directory import check_free, read_config
+from svf_lightning.run.lineage import described, differences
 from svf_lightning.sweep.backlog import Backlog
 from svf_lightning.sweep.cohort import clear_drafts, group_trials
 from svf_lightning.sweep.engines import (
@@ -31,7 +33,7 @@ from svf_lightning.sweep.engines import (
     why_it_failed,
 )
 from svf_lightning.sweep.file import SweepFile, read_sweep
-from svf_lightning.sweep.results import ERROR, TRIALS, Sweep, is_sweep
+from svf_lightning.sweep.results import ERROR, TRIALS, Sweep, is_sweep, read_result
 from svf_lightning.sweep.trial import Trial
 from svf_lightning.terminal import say
 
@@ -92,6 +94,7 @@ def sweep(
         _print_trials(read, trials)
         return None, 0
     with _locked(folder):
+        _check_same_settings(replace(trial, run_dir=folder / TRIALS / trial.id) for trial in trials)
         _begin(read, trials, folder)
         known = Sweep(folder)
         left = [trial for trial in known.trials if known.state(trial) != "done"]
@@ -142,6 +145,29 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_same_settings(trials: Iterable[Trial]) -> None:
+    """Check that a sweep goes on with the settings that it began with: files that it names may have changed.
+
+    What is the same in all trials is looked at in one that is done.
+
+    Raises:
+        InputError: Its settings were other ones.
+    """
+    done = next((trial for trial in trials if read_result(trial).state == "done"), None)
+    if done is None:
+        return
+    before, now = read_config(done.folder), yaml.safe_load(_fit_settings().of(done.args[1:]))
+    differing = differences(before, now)
+    steps = [settings["trainer"].get("max_steps") for settings in (before, now)]
+    if steps[0] != steps[1]:
+        differing["trainer.max_steps"] = (steps[0], steps[1])
+    if differing:
+        raise InputError(
+            f"{done.folder} was trained with other settings: {described(differing)}. Allowed in a sweep that goes on: "
+            "the same settings (logging and display may differ). Fix: restore them, or choose another --sweep_dir."
+        )
 
 
 def _begin(read: SweepFile, trials: Sequence[Trial], folder: Path) -> None:

@@ -136,7 +136,7 @@ class Sweep:
     def result(self, trial: Trial) -> TrialResult:
         """What became of a trial."""
         if trial.id not in self._results:
-            self._results[trial.id] = _read_result(trial)
+            self._results[trial.id] = read_result(trial)
         return self._results[trial.id]
 
     def state(self, trial: Trial) -> State:
@@ -223,7 +223,7 @@ class Sweep:
         return pd.DataFrame(rows)
 
 
-def _read_result(trial: Trial) -> TrialResult:
+def read_result(trial: Trial) -> TrialResult:
     """What is in the directory of a trial. It may be damaged, or not be that of the trial."""
     path = trial.folder / SUMMARY
     try:

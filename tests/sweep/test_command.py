@@ -12,7 +12,8 @@ import time
 
 import pytest
 import yaml
-from helpers.command_line import Command
+from helpers.command_line import Command, run_dir_of
+from helpers.sweeps import write_sweep
 
 from svf_lightning import cli
 from svf_lightning.commands.report import report_sweep
@@ -314,3 +315,24 @@ def test_early_termination_sees_values_while_a_trial_trains(monkeypatch, tmp_pat
     }
     stopped = hyperband.hyperband_stop_runs(runs, config)
     assert [run.name for run in stopped] == ["does not"]
+
+
+def test_a_sweep_does_not_go_on_with_other_settings_in_a_file_that_it_names(forked, tmp_path):
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("model: {d_head: 4}\ntrainer: {logger: false}\n")
+    file = write_sweep(
+        tmp_path / "some.yaml", {"model.lambda_attn": {"values": [1.0, 2.0]}}, extra=["--config", str(settings)]
+    )
+    folder = run_dir_of(forked("sweep", file, "--jobs=1"), forked)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    settings.write_text("model: {d_head: 5}\ntrainer: {logger: false, max_epochs: 1}\n")
+    more = write_sweep(
+        tmp_path / "some.yaml", {"model.lambda_attn": {"values": [1.0, 2.0, 3.0]}}, extra=["--config", str(settings)]
+    )
+    result = forked("sweep", more, "--jobs=1")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "was trained with other settings: model.d_head was 4 and is 5 now. Allowed" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    settings.write_text("model: {d_head: 4}\ntrainer: {logger: false, enable_progress_bar: false}\n")
+    assert forked("sweep", more, "--jobs=1").returncode == 0
+    assert Sweep(folder).counts() == "3 done, 0 failed, 0 missing"
