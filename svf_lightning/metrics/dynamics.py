@@ -103,7 +103,7 @@ def has_happened(
     if level is not None and rises is None:
         raise bad_value("level", level, "a level with a direction", "say whether the quantity rises or falls to it")
     finite = torch.isfinite(series).all(0)
-    series = torch.where(finite, series, 0.0)
+    series = torch.where(finite, series, 0.0).double()  # differences of huge values are finite, too
     last, way = series[-1], series[-1] - series[0]
     happened = finite & (way.abs() > NOISE_FACTOR * noise_of(series))
     if rises is not None:

@@ -113,7 +113,7 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
         judged = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
         hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
         after = f", after {summary['seconds']:,.0f} s" if "seconds" in summary else ""
-        ended = _ENDED[summary["status"]] if "status" in summary else "ended"
+        ended = _ENDED.get(summary.get("status", ""), "ended")
         text = f"{hold}. The run {ended} at step {summary.get('steps', last):,}{after}."
         tables = _claims(summary)
     left_out = dataset.attrs["left_out"]

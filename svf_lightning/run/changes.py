@@ -89,7 +89,7 @@ class Change:
         known = np.isfinite(self.first[chosen]) & np.isfinite(self.last[chosen])
         if not known.any():
             return "its curve does not begin and end with a number", {}
-        first, last = (float(values[chosen][known].mean()) for values in (self.first, self.last))
+        first, last = (float(values[chosen][known].mean(dtype=float)) for values in (self.first, self.last))
         mean = "mean " if known.sum() > 1 else ""
         words, numbers = f"{mean}{self.of.unit or 'value'} from {number(first)} to {number(last)}", {"from": first}
         if self.level is None:
