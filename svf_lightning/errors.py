@@ -37,7 +37,13 @@ def bad_value(name: str, got: object, allowed: str, fix: str) -> InputError:
 
 
 def damaged(path: Path, error: BaseException) -> DamagedError:
-    """The error for a file of a run that cannot be read."""
+    """The error for a file of a run that cannot be read: it is damaged, or this machine cannot read it now."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _RESOURCES:
+        return DamagedError(
+            f"{path} cannot be read ({_RESOURCES[cause.errno]}). Fix: mend that, and try again; "
+            "nothing says that the file is damaged."
+        )
     return DamagedError(f"{path} cannot be read ({reason(error)}). Fix: the file is damaged; repeat the run.")
 
 

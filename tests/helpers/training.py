@@ -3,6 +3,7 @@
 import json
 
 import lightning.pytorch as pl
+import numpy as np
 
 from svf_lightning.toy import ToyAttentionModel, ToyData
 
@@ -62,3 +63,17 @@ def keep_rows(run_dir, n):
         if name.endswith(".zarray") and attributes.get("_ARRAY_DIMENSIONS", [""])[0] == "step":
             array["shape"][0] = n
     path.write_text(json.dumps(metadata))
+
+
+def same_rows(one, other):
+    """True for equal losses and features, bit for bit, and for metrics that are equal up to rounding.
+
+    Rows that were measured in batches of another size may differ in the last digits.
+    """
+    if set(one.variables) != set(other.variables) or not one["step"].equals(other["step"]):
+        return False
+    exact = [name for name in one.variables if name == "W" or name.startswith("loss/") or one[name].dtype.kind != "f"]
+    rest = set(one.variables) - set(exact)
+    return all(one[name].equals(other[name]) for name in exact) and all(
+        np.allclose(one[name], other[name], rtol=1e-4, atol=1e-5, equal_nan=True) for name in rest
+    )
