@@ -218,10 +218,6 @@ class RunCLI(LightningCLI):
         except (InputError, MisconfigurationException):
             self._leave_nothing()
             raise
-        except OSError:
-            if not is_file(self.run_dir / CONFIG):  # it had not begun
-                self._leave_nothing()
-            raise
         finally:
             STOP.gently = False
             self.lock.release()

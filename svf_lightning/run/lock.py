@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -51,7 +52,10 @@ class DirectoryLock:
         except NotImplementedError:
             say(f"svf-lightning: {self.directory} is on a file system without locks: nothing keeps a second writer out")
             return
-        (self.directory / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with suppress(OSError):  # a full disk: the lock holds without it
+            (self.directory / _HOLDER).write_text(
+                f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8"
+            )
 
     def release(self) -> None:
         """Give it back; does nothing if it is not held."""
