@@ -179,7 +179,7 @@ class RunLogger(WandbLogger):
         self._experiment = None
         if self._lock is not None:
             self._lock.release()
-        if offline_dir is not None and not self._quiet:
+        if offline_dir is not None and offline_dir.is_dir() and not self._quiet:
             say(f"W&B: kept offline; to upload it: wandb sync {_shortest(offline_dir)}")
 
     def _made_media(self) -> tuple[dict[str, Any], int]:

@@ -13,7 +13,7 @@ from svf_lightning.errors import InputError
 from svf_lightning.rows import Rows
 from svf_lightning.trajectory import TrajectoryStore, has_trajectory, open_trajectory
 
-N_READS = 2000
+N_READS = 10_000
 
 
 def rows(first, n):
