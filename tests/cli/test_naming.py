@@ -9,7 +9,8 @@ import yaml
 from helpers.checkpoints import save
 
 from svf_lightning.cli.naming import _folder_name
-from svf_lightning.cli.run import ReplayCLI, _options, _parser_kwargs
+from svf_lightning.cli.replaying import ReplayCLI
+from svf_lightning.cli.run import options, parser_kwargs
 from svf_lightning.replay import CheckpointReplay, ReplayData
 from svf_lightning.replay.trainer import ReplayTrainer
 from svf_lightning.run.summary import read_summary
@@ -38,8 +39,8 @@ def experiment_of(tmp_path, monkeypatch, capsys):
                 CheckpointReplay,
                 ReplayData,
                 trainer_class=ReplayTrainer,
-                parser_kwargs=_parser_kwargs(ReplayCLI),
-                **_options(["replay", *args]),
+                parser_kwargs=parser_kwargs(ReplayCLI),
+                **options(["replay", *args]),
             )
         experiment = parsed.value.args[0].experiment
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("svf-lightning")]
