@@ -31,6 +31,7 @@ class TrajectoryWriter(RowSink):
         self.run_dir, self.include, self.add = run_dir, include, add
         self._store: TrajectoryStore | None = None
         self._rows_from = 0
+        self._has_directory = False
 
     def join(self, run: Run) -> None:
         """Learn at which step the run's own rows begin."""
@@ -63,7 +64,7 @@ class TrajectoryWriter(RowSink):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store; raises as :meth:`check`."""
         self._store = self.check(trainer, trainer.global_step if trainer.state.fn == "fit" else 0)
-        self._store.path.parent.mkdir(parents=True, exist_ok=True)
+        self._has_directory = self._store.path.parent.is_dir()
 
     def consume(self, rows: Rows) -> None:
         """Append one chunk.
@@ -73,8 +74,9 @@ class TrajectoryWriter(RowSink):
         """
         assert self._store is not None
         run_dir = self._store.path.parent
-        if not run_dir.is_dir():  # writing would make a new one, without what the run began with
+        if self._has_directory and not run_dir.is_dir():  # writing would make one without what the run began with
             raise TakenAwayError(
                 f"{run_dir} was removed while the run went on. Nothing more is written. Fix: begin a new run."
             )
         self._store.append(rows, self.include)
+        self._has_directory = True

@@ -15,6 +15,7 @@ from typing import Literal
 import yaml
 from filelock import FileLock, Timeout
 
+from svf_lightning.arguments import dotted
 from svf_lightning.cli import FitSettings
 from svf_lightning.commands.report import report_sweep
 from svf_lightning.errors import InputError, bad_value, one_line, reason
@@ -159,10 +160,11 @@ def _check_same_settings(trials: Iterable[Trial]) -> None:
     if done is None:
         return
     before, now = read_config(done.folder), yaml.safe_load(_fit_settings().of(done.args[1:]))
-    differing = differences(before, now)
-    steps = [settings["trainer"].get("max_steps") for settings in (before, now)]
-    if steps[0] != steps[1]:
-        differing["trainer.max_steps"] = (steps[0], steps[1])
+    said, steps = dotted(before), "trainer.max_steps"
+    # what an earlier version did not know has its default
+    differing = {name: values for name, values in differences(before, now).items() if values[0] is not None}
+    if steps in said and said[steps] != dotted(now)[steps]:
+        differing[steps] = (said[steps], dotted(now)[steps])
     if differing:
         raise InputError(
             f"{done.folder} was trained with other settings: {described(differing)}. Allowed in a sweep that goes on: "
