@@ -377,3 +377,29 @@ def test_a_process_of_ray_that_is_killed_fails_the_guilty_trial_alone(injected, 
         injected(
             "a process of Ray is killed", lost=int(not right), message=sweep.error(trial), what=result.stderr[-2000:]
         )
+
+
+def test_a_node_of_ray_that_is_lost_loses_no_trial(injected, command, tmp_path):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    file, folder = write_sweep(tmp_path / "some.yaml", LAMBDAS, run_cap=6), tmp_path / "swept"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        options = ("--engine=ray", "--ray_address", cluster.address, "--cohorts=false", "--sweep_dir", folder)
+        process = command.start("sweep", file, *options)
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("trials/*/summary.json")):  # both nodes have a trial by now, and the next ones
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        cluster.remove_node(node, allow_graceful=False)
+        _, said = process.communicate(timeout=600)
+        sweep = Sweep(folder)
+        lost = sum(sweep.state(trial) != "done" or not whole(trial) for trial in sweep.trials)
+        injected(
+            "a node of Ray is killed", n=1, lost=lost, what=f"{process.returncode} {sweep.counts()} {said[-2000:]}"
+        )
+    finally:
+        cluster.shutdown()
