@@ -16,7 +16,7 @@ from svf_lightning.figures.reading import mean_of_finite
 XAxis = Literal["linear", "log"]
 Span = tuple[float, float]
 
-MAX_POINTS = 600  # points per line; more cannot be seen
+MAX_POINTS = 500  # points per line; more cannot be seen
 _TOLD_CELLS = 40_000  # cells of a heat map that can be pointed at one by one: 200 features squared
 
 
