@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,6 +92,7 @@ class ForkedCommand(Command):
             os.environ.clear()
             os.environ.update(self.environment | environment)
             os.chdir(self.folder)
+            warnings.simplefilter("ignore", ResourceWarning)  # as Python does where pytest is not
             if before is not None:
                 before()
             code = main([str(argument) for argument in arguments])
