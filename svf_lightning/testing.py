@@ -310,7 +310,8 @@ def _untouched(name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterat
 def _global_states() -> tuple[object, ...]:
     """States of the global random generators of torch, numpy and Python."""
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 (the global one)
-    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()
+    # most draws of NumPy change the position alone
+    return torch.get_rng_state().tolist(), (numpy_state[1].tolist(), *numpy_state[2:]), random.getstate()
 
 
 def _tensors_of(probe: Probe) -> dict[str, Tensor]:
