@@ -279,7 +279,8 @@ class TrajectoryStore:
         self._metadata: dict[str, Any] = {}
         self._n_rows = 0
         self._n_kept: int | None = None
-        self._left = 0  # hash of the metadata as this writer left them
+        self._has_folder = self.path.parent.is_dir()
+        self._left: int | None = None  # hash of the metadata as this writer left them
 
     def __len__(self) -> int:
         if self.exists:
@@ -303,6 +304,8 @@ class TrajectoryStore:
             InputError: Names or shapes differ from those of the rows already there, or a dimension has two sizes.
             TakenAwayError: The store was removed since the last call, or somebody else has written into it.
         """
+        if self._has_folder and not self.path.parent.is_dir():  # a new one would lack what the run began with
+            raise TakenAwayError(_REMOVED.format(self.path))
         with self._undisturbed():
             self._append(rows, include)
 
@@ -460,12 +463,12 @@ class TrajectoryStore:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Check before and after a failure, whatever it is, that nobody else was here."""
-        if self._left:
+        if self._left is not None:
             self._check_as_left()
         try:
             yield
         except Exception as error:
-            if self._left:
+            if self._left is not None:
                 self._check_as_left()
             elif isinstance(error, FileNotFoundError):  # a part of the store that was being made
                 raise TakenAwayError(_REMOVED.format(self.path)) from error

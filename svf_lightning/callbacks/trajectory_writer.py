@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import Driver, RowSink
-from svf_lightning.errors import InputError, TakenAwayError
+from svf_lightning.errors import InputError
 from svf_lightning.rows import Rows
 from svf_lightning.run.identity import check_same_metrics, metric_identity
 from svf_lightning.run.ledger import Ledger
@@ -31,7 +31,6 @@ class TrajectoryWriter(RowSink):
         self.run_dir, self.include, self.add = run_dir, include, add
         self._store: TrajectoryStore | None = None
         self._rows_from = 0
-        self._has_directory = False
 
     def join(self, run: Run) -> None:
         """Learn at which step the run's own rows begin."""
@@ -64,7 +63,6 @@ class TrajectoryWriter(RowSink):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store; raises as :meth:`check`."""
         self._store = self.check(trainer, trainer.global_step if trainer.state.fn == "fit" else 0)
-        self._has_directory = self._store.path.parent.is_dir()
 
     def consume(self, rows: Rows) -> None:
         """Append one chunk.
@@ -73,10 +71,4 @@ class TrajectoryWriter(RowSink):
             TakenAwayError: The run directory or its trajectory was removed, or another process writes into it.
         """
         assert self._store is not None
-        run_dir = self._store.path.parent
-        if self._has_directory and not run_dir.is_dir():  # writing would make one without what the run began with
-            raise TakenAwayError(
-                f"{run_dir} was removed while the run went on. Nothing more is written. Fix: begin a new run."
-            )
         self._store.append(rows, self.include)
-        self._has_directory = True

@@ -15,9 +15,7 @@ from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS
 from svf_lightning.cli.run import RUNS, RunCLI
 from svf_lightning.run.directory import check_free, is_replay, new_run_dir
 from svf_lightning.run.ledger import Ledger
-from svf_lightning.run.lineage import (
-    Parent,
-)
+from svf_lightning.run.lineage import Parent
 from svf_lightning.terminal import say
 
 _RUN_DIR = "SVF_LIGHTNING_RUN_DIR"

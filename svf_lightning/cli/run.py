@@ -25,9 +25,7 @@ from svf_lightning.errors import InputError, bad_value, one_line, reason
 from svf_lightning.files import write_text
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG
 from svf_lightning.run.identity import metric_identity
-from svf_lightning.run.lineage import (
-    Parent,
-)
+from svf_lightning.run.lineage import Parent
 from svf_lightning.run.lock import DirectoryLock
 from svf_lightning.run.settings import CaptureOptions, Experiment, JoinsRun, Run
 from svf_lightning.stop import STOP

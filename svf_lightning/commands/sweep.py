@@ -162,7 +162,8 @@ def _check_same_settings(trials: Iterable[Trial]) -> None:
     before, now = read_config(done.folder), yaml.safe_load(_fit_settings().of(done.args[1:]))
     said, steps = dotted(before), "trainer.max_steps"
     # what an earlier version did not know has its default
-    differing = {name: values for name, values in differences(before, now).items() if values[0] is not None}
+    found = differences(before, now).items()
+    differing = {name: values for name, values in found if name in said or values[0] is not None}
     if steps in said and said[steps] != dotted(now)[steps]:
         differing[steps] = (said[steps], dotted(now)[steps])
     if differing:

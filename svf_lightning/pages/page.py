@@ -159,12 +159,14 @@ class _Placed(NamedTuple):
 def _smaller(values: Any) -> Any:
     """Numbers of a long curve in single precision, as plotly packs arrays: more than a screen can show."""
     if isinstance(values, list) and len(values) >= _LONG and all(isinstance(value, float | None) for value in values):
-        numbers = np.array([math.nan if value is None else value for value in values])
-        return {"dtype": "f4", "bdata": base64.b64encode(numbers.astype("<f4").tobytes()).decode()}
-    if isinstance(values, dict) and values.get("dtype") == "f8" and len(values["bdata"]) >= 8 * _LONG:
-        numbers = np.frombuffer(base64.b64decode(values["bdata"]), "<f8")
-        return {**values, "dtype": "f4", "bdata": base64.b64encode(numbers.astype("<f4").tobytes()).decode()}
-    return values
+        numbers, packed_before = np.array([math.nan if value is None else value for value in values]), {}
+    elif isinstance(values, dict) and values.get("dtype") == "f8" and len(values["bdata"]) >= 8 * _LONG:
+        numbers, packed_before = np.frombuffer(base64.b64decode(values["bdata"]), "<f8"), values
+    else:
+        return values
+    if (np.abs(numbers) > np.finfo(np.float32).max).any():
+        return values
+    return {**packed_before, "dtype": "f4", "bdata": base64.b64encode(numbers.astype("<f4").tobytes()).decode()}
 
 
 def _place(name: str, figure: go.Figure) -> _Placed:

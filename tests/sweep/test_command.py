@@ -325,13 +325,16 @@ def test_a_sweep_does_not_go_on_with_other_settings_in_a_file_that_it_names(fork
     )
     folder = run_dir_of(forked("sweep", file, "--jobs=1"), forked)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    settings.write_text("model: {d_head: 5}\ntrainer: {logger: false, max_epochs: 1}\n")
+    settings.write_text("model: {d_head: 5}\ntrainer: {logger: false, gradient_clip_val: 1}\n")
     more = write_sweep(
         tmp_path / "some.yaml", {"model.lambda_attn": {"values": [1.0, 2.0, 3.0]}}, extra=["--config", str(settings)]
     )
     result = forked("sweep", more, "--jobs=1")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "was trained with other settings: model.d_head was 4 and is 5 now. Allowed" in result.stderr
+    assert (
+        "was trained with other settings: model.d_head was 4 and is 5 now; trainer.gradient_clip_val was None and is 1"
+        in result.stderr
+    )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     settings.write_text("model: {d_head: 4}\ntrainer: {logger: false, enable_progress_bar: false}\n")
     assert forked("sweep", more, "--jobs=1").returncode == 0
