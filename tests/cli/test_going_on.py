@@ -35,6 +35,14 @@ def begun(forked, *arguments):
     return process
 
 
+def halt(process):
+    """Stop a process and wait until each of its threads stands still: a signal does not wait for what is under way."""
+    process.send_signal(signal.SIGSTOP)
+    threads = Path(f"/proc/{process.pid}/task")
+    while not all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads.iterdir()):
+        time.sleep(0.001)
+
+
 def last(run_dir):
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -305,7 +313,7 @@ def test_two_runs_do_not_write_into_one_directory(forked, typed):
 ])  # fmt: skip
 def test_a_run_whose_directory_is_removed_ends_with_one_line_and_makes_no_new_one(forked, taken, message):
     process = begun(forked, "--trainer.max_steps=1000000")
-    process.send_signal(signal.SIGSTOP)  # or a file that is just being written would stay
+    halt(process)  # or a file that is just being written would stay
     run_dir = forked.folder / "run"
     shutil.rmtree(run_dir / taken)
     left = files_of(run_dir)
@@ -320,7 +328,7 @@ def test_a_run_whose_directory_is_removed_ends_with_one_line_and_makes_no_new_on
 def test_a_run_in_whose_place_another_one_was_begun_does_not_write_into_it(forked):
     first = begun(forked, "--trainer.max_steps=1000000", "--capture.chunk=2000")
     time.sleep(0.3)  # its rows are written: it trains on to the next chunk
-    first.send_signal(signal.SIGSTOP)
+    halt(first)
     run_dir = forked.folder / "run"
     shutil.rmtree(run_dir)
     assert fit(forked, "--run_dir=run", "--trainer.max_steps=20", "--seed_everything=5").returncode == 0
