@@ -18,6 +18,7 @@ from svf_lightning.cli import DEFAULT_PRESET, preset_path, presets
 from svf_lightning.metrics.dynamics import LEVELS, NOISE_FACTOR
 from svf_lightning.quantities import Quantity
 from svf_lightning.registry import BUILT_IN, METRICS
+from svf_lightning.run.claims import in_words
 from svf_lightning.run.directory import is_replay
 from svf_lightning.run.summary import read_summary
 
@@ -118,13 +119,13 @@ def claims(run_dir: Path) -> list[tuple[str, ...]]:
     summary = read_summary(run_dir)
     if summary.get("status") != "finished":
         raise SystemExit(f"{run_dir} is {summary.get('status', 'not a finished run')}")
-    answers = {True: "yes", False: "**no**", None: "open question"}
     command = f"`{'replay' if is_replay(run_dir) else 'fit'} --config {summary['experiment']}`"
     rows = []
     for claim in summary["claims"]:
-        measured = "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
-        needed = claim["needed"].replace(", open question", "")
-        rows.append((claim["figure"], command, claim["claim"], measured, needed, answers[claim["holds"]]))
+        told = in_words(claim)
+        verdict = {"yes": "yes", "open": "open"}.get(told.verdict, f"**{told.verdict}**")
+        about = (told.measured, told.null, told.effect, told.needed, told.n, verdict)
+        rows.append((claim["figure"], command, claim["claim"], *about))
     return rows
 
 
@@ -133,7 +134,8 @@ def claims_table(page: str, run_dirs: list[Path]) -> str:
     tables: dict[str, list[str]] = {}
     for row in rows_of(page, "claims"):
         tables.setdefault(row.split("|")[2].strip(), []).append(row)
-    header = markdown(("paper", "command", "claim", "measured", "needed", "holds"), [])
+    titles = ("paper", "command", "claim", "measured [95 %]", "null", "difference [95 %]", "needed", "n", "verdict")
+    header = markdown(titles, [])
     for run_dir in run_dirs:
         rows = claims(run_dir)
         tables[rows[0][1]] = markdown(("",), rows).splitlines()[2:]

@@ -97,6 +97,7 @@ class Quantity:
         colour: Colour of its curve, from the palette of :mod:`svf_lightning.figures.look`; empty for one that is left.
         change: The quantity that says when this one has changed (90 % of its way from first to last value), where it
             has (``metrics.dynamics.has_happened``).
+        halfway: The one that says when it has covered half of its way.
         level: What the final value must reach, as ``better`` says, so that the change has happened: a number, or the
             name of one that follows from the sizes of the run (``metrics.dynamics.LEVELS``). None: any, if the change
             is larger than the noise.
@@ -121,6 +122,7 @@ class Quantity:
     panel: Panel | None = None
     colour: str = ""
     change: Quantity | None = None
+    halfway: Quantity | None = None
     level: float | str | None = None
     provider: str = ""
 
@@ -133,6 +135,10 @@ class Quantity:
             raise bad_value("level", self.level, f"a number or one of {', '.join(LEVELS)}", f"change {self.name!r}")
         if self.level is not None and self.better is None:
             raise bad_value("level", self.level, "a level with better=higher or lower", f"change {self.name!r}")
+
+    def with_changes(self) -> list[Quantity]:
+        """It, and those that say when it has changed."""
+        return [quantity for quantity in (self, self.change, self.halfway) if quantity is not None]
 
     @property
     def title(self) -> str:
@@ -192,9 +198,7 @@ def collect(providers: Iterable[tuple[str, Iterable[Quantity]]]) -> dict[str, Qu
     collected: dict[str, Quantity] = {}
     for provider, quantities in providers:
         for declared in quantities:
-            for quantity in (declared, declared.change):
-                if quantity is None:
-                    continue
+            for quantity in declared.with_changes():
                 if quantity.name in collected:
                     raise InputError(_twice(quantity.name, collected[quantity.name].provider, provider))
                 collected[quantity.name] = replace(quantity, provider=provider)
@@ -221,15 +225,14 @@ def as_json(quantities: Mapping[str, Quantity]) -> str:
 def from_json(text: str) -> dict[str, Quantity]:
     """The quantities that :func:`as_json` wrote, with their changes; what another version wrote beside is left out."""
     stored = [_from_dict(entry) for entry in json.loads(text)]
-    return {q.name: q for declared in stored for q in (declared, declared.change) if q is not None}
+    return {q.name: q for declared in stored for q in declared.with_changes()}
 
 
 def _as_dict(quantity: Quantity) -> dict[str, Any]:
     given = {f.name: getattr(quantity, f.name) for f in fields(quantity) if getattr(quantity, f.name) != f.default}
     if quantity.panel is not None:
         given["panel"] = asdict(quantity.panel)
-    if quantity.change is not None:
-        given["change"] = _as_dict(quantity.change)
+    given |= {name: _as_dict(given[name]) for name in ("change", "halfway") if name in given}
     if "places" in given:
         given["places"] = [place.name for place in Place if place in quantity.places]
     return given
@@ -241,8 +244,7 @@ def _from_dict(entry: Mapping[str, Any]) -> Quantity:
     if "panel" in given:
         panel = {f.name: given["panel"][f.name] for f in fields(Panel) if f.name in given["panel"]}
         given["panel"] = Panel(**panel)
-    if "change" in given:
-        given["change"] = _from_dict(given["change"])
+    given |= {name: _from_dict(given[name]) for name in ("change", "halfway") if name in given}
     if isinstance(given.get("level"), str) and given["level"] not in LEVELS:
         del given["level"]
     if "places" in given:
@@ -267,6 +269,28 @@ def attach(dataset: xr.Dataset, quantities: Mapping[str, Quantity]) -> xr.Datase
     return dataset
 
 
+def half_of_the_way(name: str, label: str) -> Quantity:
+    """The step at which a change has covered half of its way, ``dynamics/t_NAME_half``."""
+    return Quantity(
+        f"dynamics/t_{name}_half", f"{label}, half of the way",
+        "Step from which half of the way is covered, and stays so; null where it did not happen.",
+        symbol=f"t_{name}_half", unit="steps", low=0, source="Fig. 3", logged="no",
+    )  # fmt: skip
+
+
+def on_another_scale(name: str, label: str) -> dict[str, Any]:
+    """What says when a quantity has changed that is another one on another scale: in tables of all numbers alone."""
+    halfway = replace(half_of_the_way(name, label), places=Place.NOWHERE)
+    most = replace(
+        halfway,
+        name=f"dynamics/t_{name}",
+        label=label,
+        meaning="Step from which 90 % of the way are covered, and stay so; null where it did not happen.",
+        symbol=f"t_{name}",
+    )
+    return {"change": most, "halfway": halfway, "places": Place.NOWHERE, "logged": "no"}
+
+
 # ---- what modules hand over themselves: losses, by the names of their outputs, and coordinates of the probe ----------
 
 _COORDINATE: Any = {"places": Place.NOWHERE, "logged": "no"}
@@ -287,6 +311,11 @@ MODULE_QUANTITIES = {
             "loss/attn", "attention loss", "Cross-entropy of the head's attention with the target's, mean.",
             unit="nats", low=0, better="lower", source="arXiv 2602.13524, section 3", places=Place.NOWHERE,
             panel=LOSSES, colour="brown",
+        ),
+        Quantity(
+            "loss/kl", "attention's divergence", "KL divergence of the head's attention from the target's, mean.",
+            unit="nats", low=0, better="lower", source="arXiv 2602.13524, section 3", places=Place.NOWHERE,
+            panel=LOSSES, colour="orange",
         ),
         Quantity("lambda_attn", "weight of the attention loss, λ", symbol="λ", **_COORDINATE),
         Quantity(

@@ -33,7 +33,7 @@ def known(trajectory: xr.Dataset) -> dict[str, Quantity]:
     for name, quantity in stored.items():
         ours = BUILT_IN.get(name)
         if ours is not None and quantity.level is None and quantity.provider == ours.provider:
-            stored[name] = replace(quantity, level=ours.level, change=ours.change)
+            stored[name] = replace(quantity, level=ours.level, change=ours.change, halfway=ours.halfway)
     return stored | {name: quantity for name, quantity in BUILT_IN.items() if name not in stored}
 
 

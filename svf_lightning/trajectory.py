@@ -36,6 +36,7 @@ TRAJECTORY = "trajectory.zarr"
 _PARTS = "trajectory*.zarr"  # trajectory.zarr, and trajectory.rank1.zarr ... of further devices
 FORMAT = 1
 _MEASURED_BY = "measured_by"  # attribute: version and options of each metric callback
+_DECLARED = "declared"  # attribute: names of all quantities that the run knew when it began
 _PACK_BELOW = 4096  # bytes per row: quantities smaller than this share an array with their like
 _CHUNK_BYTES = 4 << 20
 _REMOVED = "{} was removed while the run wrote it. Nothing more is written. Fix: begin a new run."
@@ -324,6 +325,9 @@ class TrajectoryStore:
             for pack, names in packs.items()
             for name in names
         }
+        # an earlier version began it, which had not heard of some quantities: it goes on without them
+        unheard = {name for name in kept if name not in stored and name in rows.quantities} - self._declared()
+        kept = {name: column for name, column in kept.items() if name not in unheard}
         if stored != {name: (values.shape[1:], values.dtype) for name, (_, values) in kept.items()}:
             raise InputError(
                 f"{self.path} holds other quantities than this run measures. Fix: resume with the sizes and the "
@@ -396,6 +400,7 @@ class TrajectoryStore:
             format=FORMAT,
             packs=dict(packs),
             labels=list(rows.coords),
+            **{_DECLARED: sorted(rows.quantities)},
             batch_dims=rows.batch_dims,
         )
         layout = {
@@ -431,6 +436,11 @@ class TrajectoryStore:
             )
             array[...] = values
         self._open(group)
+
+    def _declared(self) -> set[str]:
+        """Names of the quantities that the run declared when it began, measured or not."""
+        names: Any = self._open().attrs.get(_DECLARED, [])  # of before this list: whatever is missing, it had not
+        return set(names)
 
     def _open(self, group: zarr.Group | None = None) -> zarr.Group:
         import zarr

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from svf_lightning.figures import draw_all
 from svf_lightning.registry import known
+from svf_lightning.run.claims import in_words
 from svf_lightning.run.directory import CONFIG, SUMMARY
 from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.summary import read_summary
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MAX_ROWS = 10_000  # of a table; W&B's own limit
-_VERDICT = ("claim", "figure", "measured", "needed", "holds", "threshold", "rule")
+_VERDICT = (
+    "claim", "figure", "verdict", "measured", "low", "high", "null", "null_value", "difference", "difference_low",
+    "difference_high", "n", "needed", "holds", "threshold", "rule", "why",
+)  # fmt: skip
 _ABOUT = ("name", "label", "symbol", "unit", "range", "better", "meaning", "source", "provider")
 
 
@@ -41,7 +45,7 @@ def run_media(run_dir: Path) -> tuple[dict[str, Any], int]:
     drawn = draw_all(dataset, among=lambda figure: figure.logged)
     media: dict[str, Any] = {f"figures/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
     if claims := read_summary(run_dir).get("claims"):
-        media["tables/claims"] = _table(_VERDICT, claims)
+        media["tables/claims"] = _table(_VERDICT, [_flat(claim) for claim in claims])
     measured = [quantity for name, quantity in known(dataset).items() if name in dataset]
     about = [{name: getattr(quantity, name) for name in _ABOUT} for quantity in measured]
     media["tables/quantities"] = _table(_ABOUT, about)
@@ -64,6 +68,24 @@ def trajectory_artifact(run_dir: Path, name: str) -> Any:
         if (run_dir / file).is_file():
             artifact.add_file(str(run_dir / file), name=file)
     return artifact
+
+
+def _flat(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim of summary.json as one level."""
+    null, effect = (claim.get(name) or {} for name in ("null", "effect"))
+    low, high = claim.get("interval") or (None, None)
+    effect_low, effect_high = effect.get("interval") or (None, None)
+    return {
+        **claim,
+        "verdict": in_words(claim).verdict,
+        "low": low,
+        "high": high,
+        "null": null.get("name"),
+        "null_value": null.get("value"),
+        "difference": effect.get("value"),
+        "difference_low": effect_low,
+        "difference_high": effect_high,
+    }
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Any:

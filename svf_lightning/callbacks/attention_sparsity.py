@@ -12,10 +12,10 @@ from torch import Tensor
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import SparseAttention, SparsityOverPairs
+from svf_lightning.metrics.sparsity import FEW
 from svf_lightning.probe import AttendedScores, Probe
 from svf_lightning.quantities import SPARSENESS, TASK, TASK_PAIRS, TASK_SPARSENESS, Place, Quantity
 
-_FEW = 4  # "most heads need 1 to 4 singular pairs" (Fig. 9)
 _COMPARED = Place.TABLE | Place.COMPARISON
 _SPARSENESS: Any = {"unit": "S(v)", "low": 0, "high": 1, "symbol": "S(v)", "source": "Fig. 7b; method, section 6"}
 _KEPT: Any = {"needs": "its option keep_prompts=true, best in a replay of a language model", "places": Place.NOWHERE}
@@ -36,11 +36,22 @@ def _over_pairs(prefix: str, of: str, shown: Mapping[str, Mapping[str, Any]]) ->
         Quantity("sparseness_independent_rotation", "sparseness, independent rotation",
                  "S(v) in bases rotated at random, each side by itself: spectrum kept, pairing broken; mean.",
                  **_SPARSENESS),
+        Quantity("sparseness_permuted_pairing", "sparseness, permuted pairing",
+                 "S(v) with the head's own u_k and sigma_k, each beside another v; mean.", **_SPARSENESS),
+        Quantity("sparseness_strongest_control", "sparseness, strongest control",
+                 "The smallest of the three: under a shared rotation, independent ones, and a permuted pairing.",
+                 **_SPARSENESS),
         Quantity("n_recon", "singular pairs that make up the score",
                  "Smallest number of contributions that add up to the score, median over pairs.",
                  symbol="N_recon", unit="count", low=0, source="Fig. 9"),
         Quantity("n_recon_at_most_4", "scores made of 1 to 4 singular pairs",
                  "Share of the query-key pairs whose N_recon is at most 4.", **_SHARE, source="Fig. 9"),
+        Quantity("n_recon_shared_rotation", "the same in a rotated basis",
+                 "N_recon under shared rotations, which keep every score: mean over rotations, median over pairs.",
+                 symbol="N_recon", unit="count", low=0, source="Fig. 9"),
+        Quantity("n_recon_at_most_4_rotated", "scores made of 1 to 4 rotated pairs",
+                 "Share of the query-key pairs whose N_recon is at most 4, under shared rotations.", **_SHARE,
+                 source="Fig. 9"),
         Quantity("score", "relative score", "Score of the attended key against the mean of the others, mean.",
                  unit="nats", logged="mean", source="method, section 6"),
         Quantity("top_in_last_eighth", "largest contribution at the end of the spectrum",
@@ -83,16 +94,26 @@ _OF_TASK = _over_pairs(
 _ATTENDING = _over_pairs("sad/attending/", ", attending heads", {"n_recon": {"panel": TASK_PAIRS, "column": "N_recon"}})
 
 
+_CONTROLS = ("sparseness_shared_rotation", "sparseness_independent_rotation", "sparseness_permuted_pairing")
+_NOT_KEPT = ("n_recon_shared_rotation", "few_shared_rotation")
+_STRONGEST = "sparseness_strongest_control"
+_SAMPLED = (
+    ("sparseness", "sparseness", "S(v)"),
+    *((name, name.replace("_", " "), "S(v)") for name in (*_CONTROLS, _STRONGEST)),
+)
+
+
 class AttentionSparsity(ProbeMetric):
     """Decomposes the scores of attended keys over singular pairs (Figs. 7 to 9; method, section 6).
 
     Over the query-key pairs that the probe shows (prompts, for a language model): ``sad/NAME`` per instance, or per
     layer and head. With attention weights also, one value per step: ``sad/task/NAME``, means over the ``n_task_heads``
     heads with most attention on the key, and ``sad/attending/NAME``, over all (pair, head) with a weight of at least
-    ``attending``.
+    ``attending``. What intervals are made of: ``attending/NAME`` of each head, over its pairs that attend, and
+    ``template/NAME`` of each template of the prompts, over the task's heads.
 
     Args:
-        n_draws: Random rotations of each control.
+        n_draws: Random rotations, or permutations, of each control.
         seed: Seed of the rotations; they come from a generator of their own.
         n_task_heads: Heads that count as the task's.
         attending: Attention weight from which a head attends to the key, in (0, 1).
@@ -124,6 +145,18 @@ class AttentionSparsity(ProbeMetric):
         ),
         *_OF_TASK,
         *_ATTENDING,
+        *(
+            Quantity(f"attending/{name}", f"{label}, of a head", "Mean over the pairs that attend; none: no number.",
+                     unit=unit, low=0, logged="no", places=Place.NOWHERE, needs="a language model (replay)")
+            for name, label, unit in _SAMPLED
+        ),
+        Quantity("attending/count", "pairs that attend, of a head", unit="count", low=0, logged="no",
+                 places=Place.NOWHERE, needs="a language model (replay)"),
+        *(
+            Quantity(f"template/{name}", f"{label}, of a template", "Mean over its prompts and the task's heads.",
+                     unit=unit, low=0, dims=("template",), places=Place.NOWHERE, needs="a language model (replay)")
+            for name, label, unit in (*_SAMPLED, ("accuracy", "accuracy", "share"))
+        ),
         Quantity("sad/attending/count", "(pair, head) that attend", "With at least half of the attention on the key.",
                  unit="count", low=0, logged="mean"),
         *(
@@ -132,6 +165,7 @@ class AttentionSparsity(ProbeMetric):
                 ("sparseness", "sparseness", "S(v)"),
                 ("sparseness_shared_rotation", "sparseness, shared rotation,", "S(v)"),
                 ("sparseness_independent_rotation", "sparseness, independent rotation,", "S(v)"),
+                ("sparseness_permuted_pairing", "sparseness, permuted pairing,", "S(v)"),
                 ("score", "relative score", "nats"),
                 ("n_recon", "N_recon", "count"),
                 ("top_index", "index of the largest contributor", ""),
@@ -141,6 +175,7 @@ class AttentionSparsity(ProbeMetric):
         ),
         Quantity("draw/shared", "sparseness in one shared rotation", unit="S(v)", dims=("draw",), **_KEPT),
         Quantity("draw/independent", "sparseness in one independent rotation", unit="S(v)", dims=("draw",), **_KEPT),
+        Quantity("draw/permuted", "sparseness in one permuted pairing", unit="S(v)", dims=("draw",), **_KEPT),
         Quantity("contribution/mean", "relative contribution of a singular pair", "Mean over query-key pairs.",
                  symbol="c̃_k", unit="nats", dims=("rank",), **_KEPT, source="Fig. 7a"),
         Quantity("contribution/sd", "its standard deviation", "Over query-key pairs.", unit="nats", low=0,
@@ -205,10 +240,13 @@ class AttentionSparsity(ProbeMetric):
         measured = self._of_heads(seen, rank)
         if self._errors:
             measured["sad/score_error"] = torch.stack(self._errors).amax(0)
+        templates = _templates(probe, seen.score.shape[-1])
         if seen.attention is not None:
-            measured |= self._of_the_task(seen, rank)
+            measured |= self._of_the_task(seen, rank, templates)
         if self._logit_differences:
             difference = torch.cat(self._logit_differences)
+            right = (difference > 0).to(difference.dtype)
+            measured["template/accuracy"] = _means_of(right, templates)
             measured["sad/logit_difference"] = difference.mean()
             measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
             if self.keep_prompts:
@@ -225,15 +263,16 @@ class AttentionSparsity(ProbeMetric):
         measured = {f"sad/{k}": v for k, v in _summary(seen, rank).items()}
         draws = {"shared": seen.shared_draws, "independent": seen.independent_draws}
         measured |= {f"sad/sparseness_{k}_rotation_sd": v.std(-1) for k, v in draws.items()}
+        draws["permuted"] = seen.permuted_draws
         if self.keep_prompts:
-            pairs = {name: getattr(seen, name) for name in SparseAttention.PER_PAIR}
+            pairs = {name: getattr(seen, name) for name in SparseAttention.PER_PAIR if name not in _NOT_KEPT}
             measured |= {f"prompt/{k}": _small(v) for k, v in pairs.items() if v is not None}
             measured |= {f"draw/{k}": v for k, v in draws.items()}
             measured["contribution/mean"] = seen.contribution_mean
             measured["contribution/sd"] = seen.contribution_sd
         return measured
 
-    def _of_the_task(self, seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
+    def _of_the_task(self, seen: SparsityOverPairs, rank: int, templates: Tensor) -> dict[str, Tensor]:
         """Of the heads with most attention on the key, and of all (pair, head) that attend to it."""
         assert seen.attention is not None
         flat = seen.each(lambda v: v.flatten(0, -2))  # [heads, pair]
@@ -248,11 +287,46 @@ class AttentionSparsity(ProbeMetric):
         measured |= {f"sad/attending/{name}": value for name, value in _summary(attending, rank).items()}
         measured["sad/attending/count"] = attends.sum().to(flat.attention.dtype)
         measured["task/layer_head"] = task.to(torch.int32)
+        shape = seen.score.shape[:-1]
+        of_head = {name: _masked_mean(getattr(flat, name), attends) for name in ("sparseness", *_CONTROLS)}
+        of_template = {
+            name: _means_of(getattr(of_task, name).nanmean(0), templates) for name in ("sparseness", *_CONTROLS)
+        }
+        for prefix, values in (("attending", of_head), ("template", of_template)):
+            values[_STRONGEST] = torch.stack([values[name] for name in _CONTROLS]).amin(0)
+            measured |= {f"{prefix}/{name}": value for name, value in values.items()}
+        counts = {f"attending/{name}": measured[f"attending/{name}"].view(shape) for name in of_head}
+        measured |= counts | {"attending/count": attends.sum(-1).to(flat.attention.dtype).view(shape)}
         return measured
 
 
 def _update(metric: SparseAttention, scores: AttendedScores) -> None:
     metric.update(scores.query, scores.key, scores.direction, scores.S, scores.attention)
+
+
+def _templates(probe: Probe, n: int) -> Tensor:
+    """Number of the template of each of n prompts, from 0; a prompt without one is its own."""
+    known = probe.coords.get("prompt_template")
+    if known is None or len(known[1]) != n:
+        return torch.arange(n)
+    numbers = torch.as_tensor(known[1], dtype=torch.long)
+    own = numbers.amax().clamp_min(-1) + 1 + torch.arange(n)
+    index: Tensor = torch.unique(torch.where(numbers < 0, own, numbers), return_inverse=True)[1]
+    return index
+
+
+def _means_of(values: Tensor, templates: Tensor) -> Tensor:
+    """Mean over the prompts of each template [template]; a prompt without a value (NaN) does not count."""
+    templates = templates.to(values.device)
+    known = ~values.isnan()
+    n = int(templates.amax()) + 1
+    sums = values.new_zeros(n).index_add(0, templates, values.nan_to_num())
+    return sums / values.new_zeros(n).index_add(0, templates, known.to(values.dtype))
+
+
+def _masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the last dimension where ``chosen``; NaN where nothing is."""
+    return torch.where(chosen, values, torch.nan).nanmean(-1)
 
 
 def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
@@ -264,14 +338,23 @@ def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
         "sparseness": seen.sparseness.nanmean(-1),
         "sparseness_shared_rotation": seen.sparseness_shared_rotation.nanmean(-1),
         "sparseness_independent_rotation": seen.sparseness_independent_rotation.nanmean(-1),
+        "sparseness_permuted_pairing": seen.sparseness_permuted_pairing.nanmean(-1),
         "score": seen.score.nanmean(-1),
-        "n_recon": n_recon.nanquantile(0.5, dim=-1) if n_recon.shape[-1] else n * torch.nan,
-        "n_recon_at_most_4": (scored & (seen.n_recon <= _FEW)).sum(-1) / n,
+        "n_recon": _median(n_recon),
+        "n_recon_at_most_4": (scored & (seen.n_recon <= FEW)).sum(-1) / n,
+        "n_recon_shared_rotation": _median(seen.n_recon_shared_rotation),
+        "n_recon_at_most_4_rotated": seen.few_shared_rotation.nanmean(-1),
         "top_in_last_eighth": (seen.top_index >= rank - max(1, rank // 8)).sum(-1) / n,
     }
+    summary[_STRONGEST] = torch.stack([summary[name] for name in _CONTROLS]).amin(0)
     if seen.attention is not None:
         summary["attention"] = seen.attention.nanmean(-1)
     return summary
+
+
+def _median(values: Tensor) -> Tensor:
+    """Median over the last dimension of what is not NaN."""
+    return values.nanquantile(0.5, dim=-1) if values.shape[-1] else values.new_full(values.shape[:-1], torch.nan)
 
 
 def _spread(values: Tensor, due: Tensor) -> Tensor:

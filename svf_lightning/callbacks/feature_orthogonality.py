@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
-from svf_lightning.metrics import attended_vs_rest, feature_dimensionality, gram, interference
+from svf_lightning.metrics import attended_vs_rest, degrees_from_orthogonal, feature_dimensionality, gram, interference
 from svf_lightning.probe import Probe
-from svf_lightning.quantities import COSINES, Place, Quantity
+from svf_lightning.quantities import COSINES, Place, Quantity, half_of_the_way, on_another_scale
 
 _DICTIONARY = 4096  # with more features than this, W is a dictionary
 _COSINE: Any = {"unit": "|cosine|", "low": 0, "high": 1}
@@ -44,6 +44,13 @@ class FeatureOrthogonality(ProbeMetric):
                 "where they did not turn orthogonal.",
                 symbol="t_ortho", unit="steps", low=0, source="Fig. 3; method, section 3",
             ),
+            halfway=half_of_the_way("ortho", "attended features turn orthogonal to the rest"),
+        ),
+        Quantity(
+            "orthogonality/angle", "angle that attended and other features miss of a right one",
+            "arcsin of their |cosine|, mean.", unit="degrees", low=0, high=90, better="lower", source="Fig. 3",
+            needs="a template that leaves features over", level="orthogonal, degrees",
+            **on_another_scale("ortho_degrees", "attended features turn orthogonal to the rest, in degrees"),
         ),
         Quantity(
             "orthogonality/rest_vs_rest", "among other features",
@@ -90,4 +97,5 @@ class FeatureOrthogonality(ProbeMetric):
             measured["orthogonality/rest_vs_rest"] = inside
         if 0 < n_rest < W.shape[-1]:
             measured["orthogonality/attended_vs_rest"] = between
+            measured["orthogonality/angle"], _ = attended_vs_rest(degrees_from_orthogonal(G), attended)
         return measured

@@ -11,14 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import RowSink, Status, quantities_of
 from svf_lightning.rows import Rows, scalar_variables
-from svf_lightning.run.changes import changes_of
-from svf_lightning.run.claims import Claim, Verdict
+from svf_lightning.run.changes import changes_of, sizes_of
+from svf_lightning.run.claims import Claim, Verdict, in_words
 from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.settings import Experiment, Run
-from svf_lightning.run.summary import Result, ends, summarize
+from svf_lightning.run.summary import Result, details, ends, summarize
 from svf_lightning.terminal import console
 from svf_lightning.trajectory import has_trajectory
 
+_STYLES = {"yes": "green", "no": "bold red", "open": "", "vacuous": "yellow"}
 _ROOM_FOR_LABELS = 96  # a terminal with this many columns has room for labels
 
 
@@ -73,17 +74,26 @@ class RunSummary(RowSink):
         quantities = quantities_of(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
         seconds = time.monotonic() - self._start
         rows, run_dir = self._last, self.run_dir or trainer.default_root_dir
-        last = Result.of_rows(rows) if rows is not None else Result()
+        names = sorted({name for claim in self.experiment.claims for name in claim.names()})
+        last = Result.of_rows(rows, names) if rows is not None else Result()
         last = replace(last, status=status, seconds=seconds, quantities=quantities)
         if not has_trajectory(run_dir):  # there was no TrajectoryWriter
-            return replace(last, first={})
+            return replace(last, first={}, details={})
         trajectory = open_sound(run_dir)
         scalars, steps = scalar_variables(trajectory), trajectory["step"].values
         batch_dims = trajectory.attrs["batch_dims"]
         first, final = ends(scalars, batch_dims)
         # an earlier call, or another device, may have measured the last step
         is_last = rows is not None and steps[-1] == rows.steps[-1]
-        result = replace(last, first=first, last=dict(last.last if is_last else final), batch_dims=batch_dims)
+        held = {name: trajectory[name] for name in names if name in trajectory and "step" in trajectory[name].dims}
+        result = replace(
+            last,
+            first=first,
+            last=dict(last.last if is_last else final),
+            batch_dims=batch_dims,
+            sizes=sizes_of(trajectory),
+            details=details({name: (variable.dims[1:], variable) for name, variable in held.items()}, batch_dims),
+        )
         if trainer.state.fn != "fit":
             return replace(result, steps=int(steps[-1]))
         return result.with_changes(changes_of(trajectory, quantities))
@@ -111,23 +121,27 @@ class RunSummary(RowSink):
         if n > 1:
             out.print(Text(f"mean, min and max over {n} {result.over}"), style="dim")
         for change in result.changes.values():
-            if not change.happened.all():
+            if change.is_told and not change.happened.all():
                 out.print(Text(f"{change.quantity.name}: {change.sentence().text}"), style="dim")
         if not self.verdicts:
             return
         claims = Table(title="What the paper claims, and what this run measured", title_justify="left")
         claims.add_column("claim")
         claims.add_column("paper", no_wrap=True)
-        claims.add_column("measured", justify="right", no_wrap=True)
-        claims.add_column("needed", no_wrap=True)
+        for column in ("measured [95 %]", "null", "needed"):
+            claims.add_column(column)
         claims.add_column("holds", no_wrap=True)
         for v in self.verdicts:
-            holds = Text("yes", style="green") if v.holds else Text("NO", style="bold red")
-            if v.holds is None:
-                holds = Text("?")
-            measured = "not measured" if v.measured is None else _number(v.measured)
-            claims.add_row(Text(v.claim), Text(v.figure), measured, Text(v.needed), holds)
+            told = in_words(v.as_dict())
+            holds = Text(told.verdict, style=_STYLES[v.verdict])
+            claims.add_row(*map(Text, (v.claim, v.figure, told.measured, told.null, told.needed)), holds)
         out.print(claims)
+        note = (
+            f"Intervals are over {result.over}, or what else the metric is of. null: the same number where the claim "
+            "must not hold; vacuous: it passes there as well, or there is nothing to judge by. The page and "
+            "summary.json have the difference from the null, n, and what decided."
+        )
+        out.print(Text(note), style="dim")
 
 
 def _number(value: float) -> str:

@@ -37,6 +37,11 @@ class PairSharing(ProbeMetric):
             unit="count", low=0, logged="mean", source="Appendix E",
         ),
         Quantity(
+            "sharing/n_distinct", "singular pairs in use",
+            "Distinct singular indices that are the best one for a pair.",
+            unit="count", low=0, logged="mean", source="Theorem 1, Appendix E",
+        ),
+        Quantity(
             "sharing/best", "alignment with the best singular pair",
             "Mean of left and right cosine at a pair's own best index, whoever shares it, mean over pairs.",
             unit="|cosine|", low=0, high=1, logged="mean", better="higher", source="Appendix E",
@@ -69,6 +74,7 @@ class PairSharing(ProbeMetric):
         return {
             "sharing/n_aligned": ((aligned.left + aligned.right) / 2 >= self.aligned).sum(-1).to(left.dtype),
             "sharing/n_shared": (counts >= 2).sum(-1).to(left.dtype),
+            "sharing/n_distinct": (counts >= 1).sum(-1).to(left.dtype),
             "sharing/best": best.mean(-1),
             "pair/best": best,
             "pair/best_index": index.to(torch.int32),

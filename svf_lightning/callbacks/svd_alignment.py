@@ -11,15 +11,17 @@ from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import (
     align_pairs,
-    cosine_matrix,
     logit_fidelity,
     n_significant,
+    share_served,
     sigma_ratio,
+    signed_cosine_matrix,
     spearman,
     stable_rank,
 )
+from svf_lightning.metrics.dynamics import alignment_by_chance
 from svf_lightning.probe import Probe
-from svf_lightning.quantities import COSINES, SPECTRUM, Place, Quantity
+from svf_lightning.quantities import COSINES, SPECTRUM, Place, Quantity, half_of_the_way, on_another_scale
 
 _COSINE: Any = {"unit": "|cosine|", "low": 0, "high": 1}
 _PAIR: Any = {"dims": ("pair",), "places": Place.NOWHERE}
@@ -82,10 +84,39 @@ class SVDAlignment(ProbeMetric):
                 "align.",
                 symbol="t_align", unit="steps", low=0, source="Fig. 3; method, section 3",
             ),
+            halfway=half_of_the_way("align", "singular vectors come to align"),
+        ),
+        Quantity(
+            "alignment/above_chance", "alignment above chance",
+            "(alignment/matched - c) / (1 - c) with the mean c of random features: 0 by chance, 1 at best.",
+            high=1, better="higher", logged="mean", source="method, section 8",
+        ),
+        Quantity(
+            "alignment/angle", "angle between singular vectors and features",
+            "arccos of the matched cosines, mean of left and right and over pairs.", unit="degrees", low=0, high=90,
+            better="lower", source="Fig. 3", level="aligned, degrees",
+            **on_another_scale("align_degrees", "singular vectors come to align, in degrees"),
+        ),
+        Quantity(
+            "alignment/sine", "sine of that angle", "Linear in a small angle, as a cosine near a right angle is; mean.",
+            low=0, high=1, better="lower", source="Fig. 3", level="aligned, sine",
+            **on_another_scale("align_sine", "singular vectors come to align, by their sine"),
         ),
         Quantity(
             "alignment/matched_min", "alignment of the weakest pair",
             "As alignment/matched, of the pair that aligns worst.", **_COSINE, better="higher", source="Fig. 2b",
+            level="weakest aligned",
+        ),
+        Quantity(
+            "alignment/paired", "alignment with sign and pairing",
+            "cos(w_i, B w_j), B the part of the head that the matched singular value's block makes, with the sign of "
+            "T_ij; mean over pairs: 1 only where the head turns the right key into the right query.",
+            unit="cosine", low=-1, high=1, better="higher", logged="mean", source="method, section 2", level="paired",
+        ),
+        Quantity(
+            "alignment/paired_min", "the same, weakest pair", "As alignment/paired, of the worst pair.",
+            unit="cosine", low=-1, high=1, better="higher", logged="mean", source="method, section 2",
+            level="weakest paired",
         ),
         Quantity(
             "alignment/left", "alignment of left singular vectors",
@@ -106,6 +137,11 @@ class SVDAlignment(ProbeMetric):
             "alignment/logit_fidelity", "logits as targeted",
             "1 - mean |w_i^T Omega w_j - T_ij| / mean |T_ij|: 1 where each pair gets its target logit.",
             high=1, better="higher", source="method, section 2",
+        ),
+        Quantity(
+            "alignment/served", "pairs that are served",
+            "Share of the pairs whose logit w_i^T Omega w_j reaches half of its target or more.",
+            unit="share", low=0, high=1, better="higher", logged="mean", source="Fig. 2b",
         ),
         Quantity(
             "singular_values", "singular value", "Singular values of the head, descending.",
@@ -151,9 +187,15 @@ class SVDAlignment(ProbeMetric):
         features = probe.in_forms(probe.features)
         query, key = (features[..., probe.pairs[:, side]] for side in (0, 1))
         pairs = align_pairs(
-            cosine_matrix(query, svd.U), cosine_matrix(key, svd.V), S, relative_gap=self.relative_gap
-        )  # fmt: skip
+            signed_cosine_matrix(query, svd.U),
+            signed_cosine_matrix(key, svd.V),
+            S,
+            relative_gap=self.relative_gap,
+        )
         matched = (pairs.left + pairs.right) / 2
+        chance = alignment_by_chance(svd.U.shape[-2], S.shape[-1], len(probe.pairs)).matched.mean
+        sides = torch.stack([pairs.left, pairs.right])
+        paired = pairs.paired if probe.pair_logits is None else pairs.paired * probe.pair_logits.sign()
         plain = probe.for_heads(probe.features)  # without the bias coordinate
         logit = probe.heads.bilinear(plain[..., probe.pairs[:, 0]], plain[..., probe.pairs[:, 1]])
         measured |= {
@@ -161,6 +203,11 @@ class SVDAlignment(ProbeMetric):
             "alignment/right": pairs.right.mean(-1),
             "alignment/matched": matched.mean(-1),
             "alignment/matched_min": matched.amin(-1),
+            "alignment/above_chance": (matched.mean(-1) - chance) / (1 - chance),
+            "alignment/angle": torch.rad2deg(sides.acos()).mean((0, -1)),
+            "alignment/sine": (1 - sides.square()).sqrt().mean((0, -1)),
+            "alignment/paired": paired.mean(-1),
+            "alignment/paired_min": paired.amin(-1),
             "alignment/subspace": (pairs.subspace_left + pairs.subspace_right).mean(-1) / 2,
             "pair/left": pairs.left,
             "pair/right": pairs.right,
@@ -171,6 +218,7 @@ class SVDAlignment(ProbeMetric):
         if probe.pair_logits is None:  # proxy features of a real model have no target logits
             return measured
         measured["alignment/logit_fidelity"] = logit_fidelity(logit, probe.pair_logits)
+        measured["alignment/served"] = share_served(logit, probe.pair_logits)
         if len(probe.pairs) >= 3:
             measured["spectrum/target_spearman"] = spearman(pairs.sigma, probe.pair_logits)
         return measured

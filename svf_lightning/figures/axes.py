@@ -50,6 +50,18 @@ def draw_rule(figure: go.Figure, number: int, direction: str, at: float, **line:
     figure.add_shape(type="line", **place, **ends, line=line, layer="below" if "dash" in line else "above")
 
 
+def draw_chance(figure: go.Figure, number: int, chance: float, colour: str, label: str = "by chance") -> None:
+    """A line at what random vectors give, with its value; nothing where that is not known."""
+    if not math.isfinite(chance):
+        return
+    draw_rule(figure, number, "y", chance, color=colour, width=1.2, dash="dash")
+    place = {"xref": f"{axis_name('x', number)} domain", "yref": axis_name("y", number)}
+    figure.add_annotation(
+        text=f"{label}: {chance:.2g}", x=0.995, y=chance, xanchor="right", yanchor="bottom", showarrow=False,
+        font={"size": 11, "color": colour}, **place,
+    )  # fmt: skip
+
+
 def draw_heading(figure: go.Figure, text: str, x: Span, y: float) -> None:
     """A short title centred above a panel."""
     place = {"xref": "paper", "yref": "paper", "xanchor": "center", "yanchor": "bottom", "yshift": 6}

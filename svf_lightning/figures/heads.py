@@ -16,6 +16,7 @@ from svf_lightning.figures.axes import (
     XAxis,
     axes_of,
     colour_axis,
+    draw_chance,
     draw_heading,
     draw_heat,
     draw_rule,
@@ -25,6 +26,7 @@ from svf_lightning.figures.axes import (
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import BLUE, GREY, LEGEND_RIGHT, SIGMA, VERMILLION, count_of, finish
 from svf_lightning.figures.reading import (
+    chance_of,
     mean_of_finite,
     quantity,
     read,
@@ -123,6 +125,7 @@ class Offsets(NamedTuple):
     logit: Float[np.ndarray, "instance offset"]  # nats; of the pair with the largest target; NaN if not known
     target_logit: Float[np.ndarray, "offset"]  # nats; of the same pair, mean of the instances; NaN where not known
     pair: str  # which it is, in words
+    chance: float  # alignment of random vectors; NaN: not known
     alignment_axis: str  # title
     subtitle: str
 
@@ -153,6 +156,7 @@ def prepare_by_offset(dataset: xr.Dataset) -> Offsets:
         logit=logit,
         target_logit=target_logit,
         pair="the pair" if dataset.sizes.get("pair") == 1 else "the strongest pair",
+        chance=chance_of(dataset, names[0]),
         alignment_axis=quantity(dataset, names[0]).axis,
         subtitle=subtitle_of(dataset, "dots: instances; lines: their mean", final=True),
     )
@@ -209,6 +213,7 @@ def draw_by_offset(data: Offsets) -> go.Figure:
     limits = [float(offsets[0]) - 0.5, float(offsets[-1]) + 0.5]
     drawn.update_xaxes(title="offset: positions from the key to the query", range=limits, **ticks)
     drawn.update_yaxes(title=data.alignment_axis, range=[0, 1.03], col=1)
+    draw_chance(drawn, 1, data.chance, GREY)
     drawn.update_yaxes(title="singular value and logits (nats)", col=2)
     if (data.logit < 0).any() or (data.target_logit < 0).any():
         draw_rule(drawn, 2, "y", 0, width=1, color=GREY)

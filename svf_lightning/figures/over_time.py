@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale  # type: ignore[import-untyped,unused-ignore]
 from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
 
-from svf_lightning.figures.axes import Steps, XAxis, colour_bar, draw_rule
+from svf_lightning.figures.axes import Steps, XAxis, colour_bar, draw_chance, draw_rule
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import (
     BLUE,
@@ -24,6 +24,7 @@ from svf_lightning.figures.look import (
     markup,
 )
 from svf_lightning.figures.reading import (
+    chance_of,
     mean_of_finite,
     quantity,
     read,
@@ -61,6 +62,7 @@ class Dynamics(NamedTuple):
     orthogonality: Float[np.ndarray, "step instance"]  # |cosine| of attended and other features
     t_align: Float[np.ndarray, "instance"]  # a training step; NaN: it did not happen
     t_ortho: Float[np.ndarray, "instance"]
+    chance: tuple[float, float]  # of alignment and orthogonality of random vectors; NaN: not known
     changes: list[Change]
     labels: list[str]  # of alignment and orthogonality
     subtitle: str
@@ -78,7 +80,7 @@ def prepare_fig_3(dataset: xr.Dataset) -> Dynamics:
     steps = np.array(dataset["step"])  # a copy, as torch warns about read-only arrays
     quantities = {name: known(dataset)[name] for name in names}
     happened = changes(dict(zip(names, values, strict=True)), steps, ("instance",), quantities, sizes_of(dataset))
-    align, ortho = happened.values()
+    align, ortho = (change for change in happened.values() if change.is_told)
     any_did = align.happened.any() or ortho.happened.any()
     return Dynamics(
         step=steps,
@@ -86,6 +88,7 @@ def prepare_fig_3(dataset: xr.Dataset) -> Dynamics:
         orthogonality=values[1],
         t_align=align.steps,
         t_ortho=ortho.steps,
+        chance=(chance_of(dataset, names[0]), chance_of(dataset, names[1])),
         changes=[align, ortho],
         labels=[quantity(dataset, name).title for name in names],
         subtitle=subtitle_of(dataset, "dots: 90 % of the way, per instance; dotted: their median" if any_did else ""),
@@ -96,6 +99,8 @@ def draw_fig_3(data: Dynamics, *, x_axis: XAxis = "linear") -> go.Figure:
     """Thin lines and dots are instances, thick lines their mean; a vertical line is the median time of change."""
     drawn, time = go.Figure(), Steps(data.step, x_axis)
     parts = ((data.alignment, data.t_align, BLUE), (data.orthogonality, data.t_ortho, VERMILLION))
+    for chance, colour in zip(data.chance, (BLUE, VERMILLION), strict=True):
+        draw_chance(drawn, 1, chance, colour)
     for (values, times, colour), label, change in zip(parts, data.labels, data.changes, strict=True):
         changed, symbol, median = np.flatnonzero(change.happened), markup(change.quantity.symbol), change.median
         if not len(changed):
@@ -211,6 +216,7 @@ class PairAlignment(NamedTuple):
     target_logit: Float[np.ndarray, "pair"]  # nats
     query_feature: Int[np.ndarray, "pair"]
     key_feature: Int[np.ndarray, "pair"]
+    chance: float  # mean of random pairs, matched alike; NaN: not known
     subtitle: str
 
 
@@ -232,6 +238,7 @@ def prepare_alignment_over_time(dataset: xr.Dataset, *, instance: int = 0) -> Pa
         target_logit=target_logits(dataset)[instance],
         query_feature=dataset["query_feature"].values,
         key_feature=dataset["key_feature"].values,
+        chance=chance_of(dataset, "alignment/matched"),
         subtitle=subtitle_of(dataset, count_of(values.shape[1], "pair"), instance=instance),
     )
 
@@ -242,6 +249,7 @@ def draw_alignment_over_time(data: PairAlignment, *, x_axis: XAxis = "linear") -
     colours, colour_axis = _shades(target, LINE_SCALE)
     names = [f"query {query}, key {key}" for query, key in zip(data.query_feature, data.key_feature, strict=True)]
     drawn, time = go.Figure(), Steps(data.step, x_axis)
+    draw_chance(drawn, 1, data.chance, GREY)
     for i in reversed(range(len(names))):  # the first, often the strongest, on top
         time.line(drawn, data.alignment[:, i], colours[i], names[i], width=1.5, showlegend=False)
     if np.isfinite(data.alignment[-1]).any():

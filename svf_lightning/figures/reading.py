@@ -5,6 +5,7 @@ Every function here raises InputError, with what to do, where a dataset lacks wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,8 +14,10 @@ import numpy as np
 
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.figures.look import as_text, count_of
+from svf_lightning.metrics.dynamics import LEVELS
 from svf_lightning.quantities import Quantity
 from svf_lightning.registry import how_to_have, known
+from svf_lightning.run.changes import sizes_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,6 +31,23 @@ _DIM_FIXES = {
     "head": "train with several heads (--model.n_heads=4)",
     "offset": "train with rotary positions (--model.rope=true)",
 }
+
+
+def chance_of(dataset: xr.Dataset, name: str, *, n_pairs: int | None = None) -> float:
+    """What a quantity is on average of random vectors, in a run of these sizes; NaN where that is not known.
+
+    Args:
+        dataset: The run.
+        name: A quantity with a level, such as alignment/matched.
+        n_pairs: Pairs that are matched; None for those of the run.
+    """
+    known_as = known(dataset).get(name)
+    level = LEVELS.get(str(known_as.level)) if known_as is not None else None
+    if level is None:
+        return math.nan
+    sizes = sizes_of(dataset)
+    chance = level.chance(sizes if n_pairs is None else sizes._replace(n_pairs=n_pairs))
+    return math.nan if chance is None else chance.mean
 
 
 def require(

@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 
 from svf_lightning.arguments import short
 from svf_lightning.errors import InputError, bad_value, closest
+from svf_lightning.figures.axes import draw_chance
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import (
     BLUE,
@@ -29,6 +30,7 @@ from svf_lightning.figures.look import (
     markup,
 )
 from svf_lightning.figures.reading import (
+    chance_of,
     for_plotly,
     mean_of_finite,
     quantity,
@@ -69,6 +71,7 @@ class Anisotropy(NamedTuple):
     predicted_cosine: Float[np.ndarray, "instance"]  # |cosine| of Theorem 1's vectors and features
     theory: Float[np.ndarray, "instance"]  # |cosine| of trained and Theorem 1's vectors, mean of left and right
     bound: Float[np.ndarray, "instance"]  # Theorem 2's lower bound on predicted_cosine
+    chance: float  # alignment of random vectors; NaN: not known
     x_title: str
     subtitle: str
 
@@ -94,6 +97,7 @@ def prepare_fig_4(dataset: xr.Dataset) -> Anisotropy:
         predicted_cosine=last("theory/predicted_cosine"),
         theory=last("theory/left", "theory/right"),
         bound=last("theory/bound"),
+        chance=chance_of(dataset, y),
         x_title=f"{anisotropy.axis}, {markup(anisotropy.symbol)}",
         subtitle=subtitle_of(dataset, "one point per instance", final=True),
     )
@@ -102,6 +106,7 @@ def prepare_fig_4(dataset: xr.Dataset) -> Anisotropy:
 def draw_fig_4(data: Anisotropy) -> go.Figure:
     """Points: instances."""
     x, drawn = data.interference, go.Figure()
+    draw_chance(drawn, 1, data.chance, BLUE)
     for y, label, colour, symbol in (
         (data.alignment, "trained vector and feature", BLUE, "circle"),
         (data.predicted_cosine, "Theorem 1's vector and feature, mean of all features", VERMILLION, "x-thin"),
@@ -151,6 +156,7 @@ class FinalValues(NamedTuple):
     metric: Shaped[np.ndarray, "metric"]  # names
     x: Float[np.ndarray, "dot"]  # the setting's value, or the place of its label
     y: Float[np.ndarray, "metric dot"]
+    chance: Float[np.ndarray, "metric dot"]  # of random vectors; NaN: not known
     quantities: list[Quantity]
     dots: list[str]  # what each is
     labels: list[str]  # of the setting at 0, 1, ...; empty where it is a number
@@ -159,6 +165,21 @@ class FinalValues(NamedTuple):
     x_title: str
     title: str
     subtitle: str
+
+
+def _draw_chance_along(drawn: go.Figure, x: np.ndarray, chance: np.ndarray, colour: str, shown: Quantity) -> None:
+    """A dashed line at what random vectors give at each value of the setting; nothing where that is not known."""
+    at, first = np.unique(x[np.isfinite(chance)], return_index=True)
+    if not len(at):
+        return
+    drawn.add_scatter(
+        x=at,
+        y=chance[np.isfinite(chance)][first],
+        mode="lines",
+        name=f"{shown.title}, by chance",
+        line={"color": colour, "width": 1.2, "dash": "dash"},
+        hovertemplate="by chance: %{y:.3f}<extra></extra>",
+    )
 
 
 def draw_final_values(data: FinalValues, *, title: str = "", rule: float | None = None) -> go.Figure:
@@ -174,8 +195,9 @@ def draw_final_values(data: FinalValues, *, title: str = "", rule: float | None 
     drawn, several = go.Figure(), len(data.quantities) > 1
     values = np.unique(data.x[np.isfinite(data.x)])
     colours = cycle((BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY))
-    for shown, y, colour in zip(data.quantities, data.y, colours, strict=False):
+    for shown, y, chance, colour in zip(data.quantities, data.y, data.chance, colours, strict=False):
         shared = {"name": shown.title, "legendgroup": shown.name}
+        _draw_chance_along(drawn, data.x, chance, colour, shown)
         if data.has_means:
             means = np.array([mean_of_finite(y[data.x == value], 0) for value in values])
             drawn.add_scatter(
@@ -248,6 +270,7 @@ def prepare_against(
         metric=np.array(names),
         x=values,
         y=np.stack([require_finite(name, read_last(dataset, name)) for name in names]),
+        chance=np.array([[chance_of(dataset, name)] * len(values) for name in names]),
         quantities=[quantity(dataset, name) for name in names],
         dots=[f"instance {i}, at {value:.4g}" for i, value in enumerate(values)],
         labels=[],
@@ -318,6 +341,7 @@ def prepare_across_runs(
         metric=np.array(names),
         x=np.repeat(positions[order], sizes),
         y=np.stack([require_finite(name, of_runs) for name, of_runs in values.items()]),
+        chance=np.stack([np.repeat([chance_of(run, name) for run in runs], sizes) for name in names]),
         quantities=[quantity(runs[0], name) for name in names],
         dots=[
             f"instance {i} of run {as_text(label)}" for label, n in zip(labels, sizes, strict=True) for i in range(n)
@@ -410,6 +434,7 @@ def prepare_along_axis(
         metric=np.array(names),
         x=np.array(values, dtype=float),
         y=final,
+        chance=np.full_like(final, np.nan),  # sizes of the trials are not in their table
         quantities=[for_plotly(quantities.get(name) or Quantity(name)) for name in names],
         dots=dots,
         labels=labels,

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
 
 from svf_lightning.errors import InputError, bad_value
-from svf_lightning.figures.axes import Steps, XAxis, index_ticks
+from svf_lightning.figures.axes import Steps, XAxis, draw_chance, index_ticks
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import (
     BLUE,
@@ -35,6 +35,7 @@ from svf_lightning.figures.look import (
     finish,
 )
 from svf_lightning.figures.reading import (
+    chance_of,
     mean_of_finite,
     quantity,
     range_of_finite,
@@ -363,6 +364,7 @@ class SparsityOverTime(NamedTuple):
     lowest: Float[np.ndarray, "metric step"]
     highest: Float[np.ndarray, "metric step"]
     n_singular: int  # singular pairs of the head
+    chance: float  # alignment of random vectors; NaN: not known
     alignment_label: str
     subtitle: str
 
@@ -392,6 +394,7 @@ def prepare_sparsity_over_time(dataset: xr.Dataset) -> SparsityOverTime:
         lowest=lowest,
         highest=highest,
         n_singular=dataset.sizes["rank"],
+        chance=chance_of(dataset, "alignment/matched"),
         alignment_label=quantity(dataset, "alignment/matched").title,
         subtitle=subtitle_of(dataset),
     )
@@ -406,6 +409,7 @@ def draw_sparsity_over_time(data: SparsityOverTime, *, x_axis: XAxis = "linear")
         time.band(drawn, data.lowest[i], data.highest[i], colour, name=f"{label}, range", row=row, col=1)
         time.line(drawn, data.mean[i], colour, label, width=2.5, row=row, col=1, legendrank=rank)
     drawn.update_yaxes(title_text="|cosine| of matched singular<br>vectors and features", row=2)
+    draw_chance(drawn, 2, data.chance, BLUE)
     return finish(
         drawn,
         "Sparseness of attention scores, and alignment, over training",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from svf_lightning.errors import InputError
 from svf_lightning.figures.axes import Steps, axis_name
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import DASHES, MARGIN, PALETTE, finish, markup
-from svf_lightning.figures.reading import for_plotly, mean_of_finite, range_of_finite, sizes_in_words
+from svf_lightning.figures.reading import chance_of, for_plotly, mean_of_finite, range_of_finite, sizes_in_words
 from svf_lightning.quantities import Panel, Quantity, in_order
 from svf_lightning.registry import known
 from svf_lightning.rows import scalar_variables
@@ -42,6 +43,7 @@ class OverTraining(NamedTuple):
     highest: Float[np.ndarray, "metric step"]
     change: Shaped[np.ndarray, "change"]  # names of the steps of change
     median_change: Float[np.ndarray, "change"]  # training steps, of the instances in which it happened; NaN: in none
+    chance: Float[np.ndarray, "metric"]  # of random vectors; NaN: not known
     quantities: list[Quantity]
     values: list[np.ndarray]  # of each quantity [step, place]
     changes: list[Change]
@@ -78,7 +80,7 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
         )
     n_steps = dataset.sizes["step"]
     values = [np.asarray(scalars[q.name].values, dtype=float).reshape(n_steps, -1) for q in quantities]
-    changes = list(changes_of(dataset, {q.name: q for q in quantities}).values())
+    changes = [change for change in changes_of(dataset, {q.name: q for q in quantities}).values() if change.is_told]
     ranges = [range_of_finite(each) for each in values]
     return OverTraining(
         step=dataset["step"].values,
@@ -88,6 +90,7 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
         highest=np.stack([high for _, high in ranges]),
         change=np.array([change.quantity.name for change in changes]),
         median_change=np.array([change.median for change in changes]),
+        chance=np.array([chance_of(dataset, q.name) for q in quantities]),
         quantities=quantities,
         values=values,
         changes=changes,
@@ -158,6 +161,7 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
         layout[legend] = {"x": 1.01, "xanchor": "left", "y": top, "yanchor": "top", "font": {"size": 12}}
         for k, (i, colour) in enumerate(zip(chosen, colours, strict=True)):
             quantity = data.quantities[i]
+            _draw_chance(drawn, y, float(data.chance[i]), colour)
             if len(chosen) <= _FEW_LINES:
                 _draw_thin_lines(drawn, time, data.values[i], colour, quantity.name, y)
             time.line(
@@ -178,6 +182,18 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
         hoversubplots="axis",
         updatemenus=[_scale_buttons(time.axis)],
         **layout,
+    )  # fmt: skip
+
+
+def _draw_chance(drawn: go.Figure, y: str, chance: float, colour: str) -> None:
+    """A line at what random vectors give, in a panel that shares its axis of steps with all others."""
+    if not math.isfinite(chance):
+        return
+    ends = {"x0": 0, "x1": 1, "xref": "x domain", "y0": chance, "y1": chance, "yref": y}
+    drawn.add_shape(type="line", **ends, line={"dash": "dash", "width": 1.2, "color": colour}, layer="below")
+    drawn.add_annotation(
+        text=f"by chance: {chance:.2g}", x=0.002, y=chance, xref="x domain", yref=y, xanchor="left", yanchor="bottom",
+        showarrow=False, font={"size": 11, "color": colour},
     )  # fmt: skip
 
 

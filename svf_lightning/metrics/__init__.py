@@ -7,15 +7,24 @@ from svf_lightning.metrics.alignment import (
     cosine_matrix,
     logit_fidelity,
     match_pairs,
+    share_served,
+    signed_cosine_matrix,
     spearman,
 )
 from svf_lightning.metrics.dynamics import has_happened, noise_of, time_of_change
 from svf_lightning.metrics.geometry import (
     attended_vs_rest,
+    degrees_from_orthogonal,
     feature_dimensionality,
     gram,
     interference,
     unit_features,
+)
+from svf_lightning.metrics.intervals import (
+    Interval,
+    mean_interval,
+    share_difference_interval,
+    share_interval,
 )
 from svf_lightning.metrics.sparsity import (
     Sparsity,
@@ -31,6 +40,7 @@ from svf_lightning.metrics.spectrum import n_significant, sigma_ratio, stable_ra
 
 __all__ = [
     "InstanceMean",
+    "Interval",
     "PairAlignment",
     "SparseAttention",
     "Sparsity",
@@ -39,6 +49,7 @@ __all__ = [
     "attended_vs_rest",
     "contribution_order",
     "cosine_matrix",
+    "degrees_from_orthogonal",
     "feature_dimensionality",
     "gram",
     "haar_orthogonal",
@@ -46,12 +57,17 @@ __all__ = [
     "interference",
     "logit_fidelity",
     "match_pairs",
+    "mean_interval",
     "measure_sparsity",
     "n_recon",
     "n_significant",
     "noise_of",
     "relative_attention",
+    "share_difference_interval",
+    "share_interval",
+    "share_served",
     "sigma_ratio",
+    "signed_cosine_matrix",
     "sparseness",
     "spearman",
     "stable_rank",

@@ -60,10 +60,14 @@ class SparsityOverPairs(NamedTuple):
     sparseness: Float[Tensor, "... n"]
     sparseness_shared_rotation: Float[Tensor, "... n"]  # mean over draws
     sparseness_independent_rotation: Float[Tensor, "... n"]  # mean over draws
+    sparseness_permuted_pairing: Float[Tensor, "... n"]  # mean over draws
     n_recon: Int[Tensor, "... n"]
+    n_recon_shared_rotation: Float[Tensor, "... n"]  # mean over draws
+    few_shared_rotation: Float[Tensor, "... n"]  # share of the draws in which it is at most FEW
     top_index: Int[Tensor, "... n"]
     shared_draws: Float[Tensor, "... draws"]  # mean over pairs, for each draw
     independent_draws: Float[Tensor, "... draws"]
+    permuted_draws: Float[Tensor, "... draws"]
     attention: Float[Tensor, "... n"] | None
     contribution_mean: Float[Tensor, "... R"]  # relative contribution of each singular pair, over the query-key pairs
     contribution_sd: Float[Tensor, "... R"]
@@ -98,9 +102,11 @@ class SparseAttention(Metric):
     contribution_squares: Tensor
     contribution_count: Tensor
     PER_PAIR = (
-        "score", "sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation", "n_recon", "top_index",
+        "score", "sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation",
+        "sparseness_permuted_pairing", "n_recon", "n_recon_shared_rotation", "few_shared_rotation", "top_index",
         "attention",
     )  # fmt: skip
+    DRAWS = ("shared_draws", "independent_draws", "permuted_draws")
 
     def __init__(self, n_draws: int = 16, seed: int = 0, *, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
@@ -108,7 +114,7 @@ class SparseAttention(Metric):
             raise bad_value("n_draws", n_draws, "an integer >= 1; one rotation alone is no control", "take 16")
         self.n_draws, self.seed = n_draws, seed
         self.rank = 0  # R, known from the first update on
-        for name in (*self.PER_PAIR, "shared_draws", "independent_draws"):
+        for name in (*self.PER_PAIR, *self.DRAWS):
             self.add_state(name, [], dist_reduce_fx="cat")  # pairs first
         for name in ("contribution_sum", "contribution_squares", "contribution_count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -130,7 +136,11 @@ class SparseAttention(Metric):
             "sparseness": measured.sparseness,
             "sparseness_shared_rotation": measured.shared.mean(-1),
             "sparseness_independent_rotation": measured.independent.mean(-1),
+            # of a head of rank one, most permutations leave zeros alone
+            "sparseness_permuted_pairing": measured.permuted.nanmean(-1),
             "n_recon": measured.n_recon,
+            "n_recon_shared_rotation": measured.n_recon_shared,
+            "few_shared_rotation": measured.few_shared,
             "top_index": measured.top_index,
             "attention": attention,
         }
@@ -142,7 +152,8 @@ class SparseAttention(Metric):
         self.contribution_sum = self.contribution_sum + contributions.sum(-2)
         self.contribution_squares = self.contribution_squares + contributions.square().sum(-2)
         self.contribution_count = self.contribution_count + scored.sum(-1, keepdim=True)
-        for name, draws in (("shared_draws", measured.shared), ("independent_draws", measured.independent)):
+        controls = (measured.shared, measured.independent, measured.permuted)
+        for name, draws in zip(self.DRAWS, controls, strict=True):
             getattr(self, name).append(draws.movedim(-2, 0))
 
     def reset(self) -> None:
@@ -163,7 +174,7 @@ class SparseAttention(Metric):
             name: dim_zero_cat(getattr(self, name)).movedim(0, -1).contiguous() if len(getattr(self, name)) else None
             for name in self.PER_PAIR
         }
-        draws = {name: dim_zero_cat(getattr(self, name)).nanmean(0) for name in ("shared_draws", "independent_draws")}
+        draws = {name: dim_zero_cat(getattr(self, name)).nanmean(0) for name in self.DRAWS}
         mean = self.contribution_sum / self.contribution_count
         variance = (self.contribution_squares / self.contribution_count - mean.square()).clamp_min(0)
         dtype = draws["shared_draws"].dtype

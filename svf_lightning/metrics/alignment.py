@@ -12,6 +12,8 @@ from torch import Tensor
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics.geometry import unit_features
 
+_SERVED = 0.5  # share of the target logit
+
 
 class PairAlignment(NamedTuple):
     """What each of P target pairs (query feature i, key feature j) finds in the singular basis."""
@@ -22,10 +24,22 @@ class PairAlignment(NamedTuple):
     sigma: Float[Tensor, "... P"]  # sigma_k, >= 0; 0 where unmatched
     subspace_left: Float[Tensor, "... P"]  # norm of the projection of w_i on the block of sigma_k, in [left, 1]
     subspace_right: Float[Tensor, "... P"]  # the same for w_j
+    paired: Float[Tensor, "... P"]  # sum over the block of cos(w_i, u_k) cos(w_j, v_k), in [-1, 1]
 
 
 def cosine_matrix(features: Float[Tensor, "... D N"], vectors: Float[Tensor, "... D R"]) -> Float[Tensor, "... N R"]:
     """Absolute cosines |cos(w_i, u_k)| between columns, in [0, 1]; 0 for a column that is zero.
+
+    Raises:
+        InputError: The two do not live in the same space (D differs).
+    """
+    return signed_cosine_matrix(features, vectors).abs()
+
+
+def signed_cosine_matrix(
+    features: Float[Tensor, "... D N"], vectors: Float[Tensor, "... D R"]
+) -> Float[Tensor, "... N R"]:
+    """Cosines between columns, in [-1, 1]; 0 for a column that is zero.
 
     Raises:
         InputError: The two do not live in the same space (D differs).
@@ -37,7 +51,7 @@ def cosine_matrix(features: Float[Tensor, "... D N"], vectors: Float[Tensor, "..
             f"[..., {features.shape[-2]}, R], as the features live in {features.shape[-2]} dimensions",
             "compare features and vectors of one residual stream",
         )
-    return (unit_features(features).mT @ unit_features(vectors)).abs().clamp_max(1)  # rounding may pass 1
+    return (unit_features(features).mT @ unit_features(vectors)).clamp(-1, 1)  # rounding may pass 1
 
 
 def match_pairs(left: Float[Tensor, "... P R"], right: Float[Tensor, "... P R"]) -> Int[Tensor, "... P"]:
@@ -78,14 +92,20 @@ def align_pairs(
 
     Near-equal singular values leave their vectors free to rotate inside the common span; the subspace score is the norm
     of the projection of the unit feature on the span of all vectors whose sigma lies within ``relative_gap`` of the
-    matched one, so it does not depend on that rotation. A pair whose cosines hold NaN scores NaN throughout.
+    matched one, so it does not depend on that rotation. The paired score does not either, and knows which query goes
+    with which key, and with which sign: ``cos(w_i, B w_j)`` with the part ``sum u_k v_k^T`` of the head that the block
+    makes. It is 1 where the head turns key feature j into query feature i, 0 where it turns it into another one,
+    negative where it takes attention off. A pair whose cosines hold NaN scores NaN throughout.
 
     Args:
-        left: |cos(w_i, u_k)| for the query feature i of each pair (:func:`cosine_matrix`).
-        right: |cos(w_j, v_k)| for the key feature j of each pair.
+        left: cos(w_i, u_k) for the query feature i of each pair (:func:`signed_cosine_matrix`). Absolute cosines give
+            the same scores, but for the paired one.
+        right: cos(w_j, v_k) for the key feature j of each pair.
         S: Singular values.
         relative_gap: Width of a block, as a fraction of the matched singular value.
     """
+    paired_parts = left * right
+    left, right = left.abs(), right.abs()
     index = match_pairs(left, right)
     is_matched = index >= 0
     undefined = (left * right).isnan().any(-1)
@@ -102,7 +122,18 @@ def align_pairs(
     def project(cosines: Tensor) -> Tensor:
         return where_matched((cosines.square() * block).sum(-1).sqrt().clamp_max(1))
 
-    return PairAlignment(index, pick(left), pick(right), where_matched(sigma), project(left), project(right))
+    paired = where_matched((paired_parts * block).sum(-1))
+    return PairAlignment(index, pick(left), pick(right), where_matched(sigma), project(left), project(right), paired)
+
+
+def share_served(effective: Float[Tensor, "... P"], target: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
+    """Share of the pairs whose logit is nearer to its target than to 0, in [0, 1] (a choice: half of the target).
+
+    Pairs with a target of 0 do not count; NaN where all are.
+    """
+    asked = target != 0
+    served = asked & (effective / torch.where(asked, target, 1) >= _SERVED)
+    return served.sum(-1).to(effective.dtype) / asked.sum(-1)
 
 
 def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:

@@ -123,11 +123,7 @@ class Sizes(NamedTuple):
     n_attended: int | None = None  # features that a pair names
 
 
-class Level(NamedTuple):
-    """What the final value of a quantity must pass so that its change has happened."""
-
-    reason: str  # how it follows from the sizes, in a sentence
-    of: Callable[[Sizes], float]  # NaN where a size is missing
+UNKNOWN = Sizes()
 
 
 class Chance(NamedTuple):
@@ -135,18 +131,36 @@ class Chance(NamedTuple):
 
     mean: float
     extreme: float  # the best of a thousand draws
+    draws: Float[np.ndarray, " n"]
+
+
+class Level(NamedTuple):
+    """What the final value of a quantity must pass so that its change has happened."""
+
+    reason: str  # how it follows from the sizes, in a sentence
+    of: Callable[[Sizes], float]  # NaN where a size is missing
+    chance: Callable[[Sizes], Chance | None]  # what the quantity is of random vectors; None where a size is missing
+
+
+class ChanceAlignment(NamedTuple):
+    """How random features align with an orthonormal basis."""
+
+    matched: Chance  # alignment/matched
+    weakest: Chance  # alignment/matched_min
+    paired: Chance  # alignment/paired, which has a sign
+    weakest_paired: Chance  # alignment/paired_min
 
 
 @lru_cache(maxsize=64)
-def alignment_by_chance(d_model: int, n_singular: int, n_pairs: int) -> Chance:
-    """``alignment/matched`` of features that point anywhere.
+def alignment_by_chance(d_model: int, n_singular: int, n_pairs: int) -> ChanceAlignment:
+    """Alignment of features that point anywhere.
 
     Features are random directions; seen from an orthonormal basis, whichever it is, their cosines are coordinates of
     random unit vectors. Pairs are matched as they are in a run. A thousand seeded draws.
     """
     rng = np.random.default_rng(0)
     n_at_a_time = max(1, _AT_A_TIME // (2 * n_pairs * n_singular))
-    means = []
+    drawn: list[tuple[Tensor, ...]] = []
     for start in range(0, _DRAWS, n_at_a_time):
         shape = (min(n_at_a_time, _DRAWS - start), n_pairs)
         sides = []
@@ -154,13 +168,17 @@ def alignment_by_chance(d_model: int, n_singular: int, n_pairs: int) -> Chance:
             seen = rng.normal(size=(*shape, n_singular))
             # the coordinates along which no singular vector points
             unseen = rng.chisquare(d_model - n_singular, shape) if d_model > n_singular else np.zeros(shape)
-            sides.append(np.abs(seen) / np.sqrt((seen**2).sum(-1) + unseen)[..., None])
+            sides.append(seen / np.sqrt((seen**2).sum(-1) + unseen)[..., None])
         left, right = (torch.from_numpy(side) for side in sides)
-        index = match_pairs(left, right)
-        cosines = ((left + right) / 2).gather(-1, index.clamp_min(0)[..., None]).squeeze(-1)
-        means.append(torch.where(index >= 0, cosines, 0).mean(-1))
-    drawn = torch.cat(means)
-    return Chance(float(drawn.mean()), float(drawn.max()))
+        index = match_pairs(left.abs(), right.abs())
+        at = index.clamp_min(0)[..., None]
+        cosines, products = (
+            torch.where(index >= 0, of.gather(-1, at).squeeze(-1), 0)
+            for of in ((left.abs() + right.abs()) / 2, left * right)
+        )
+        drawn.append((cosines.mean(-1), cosines.amin(-1), products.mean(-1), products.amin(-1)))
+    columns = (torch.cat(column).numpy() for column in zip(*drawn, strict=True))
+    return ChanceAlignment(*(Chance(float(draws.mean()), float(draws.max()), draws) for draws in columns))
 
 
 @lru_cache(maxsize=64)
@@ -171,16 +189,16 @@ def overlap_by_chance(d_model: int, n_features: int, n_attended: int) -> Chance:
     (of 50 features on each side at most, which vary no less).
     """
     mean = math.exp(math.lgamma(d_model / 2) - math.lgamma((d_model + 1) / 2)) / math.sqrt(math.pi)
+    drawn = []
     rng = np.random.default_rng(0)
     n, n_rest = min(n_attended, _MANY), min(n_features - n_attended, _MANY)
     n_at_a_time = max(1, _AT_A_TIME // ((n + n_rest) * d_model))
-    smallest = math.inf
     for start in range(0, _DRAWS, n_at_a_time):
         X = rng.normal(size=(min(n_at_a_time, _DRAWS - start), n + n_rest, d_model))
         X /= np.linalg.norm(X, axis=-1, keepdims=True)
-        overlaps = np.abs(X[:, :n] @ X[:, n:].swapaxes(-1, -2)).mean((-2, -1))
-        smallest = min(smallest, float(overlaps.min()))
-    return Chance(mean, smallest)
+        drawn.append(np.abs(X[:, :n] @ X[:, n:].swapaxes(-1, -2)).mean((-2, -1)))
+    draws = np.concatenate(drawn)
+    return Chance(mean, float(draws.min()), draws)
 
 
 def least_overlap(d_model: int, n_features: int) -> float:
@@ -192,35 +210,74 @@ def least_overlap(d_model: int, n_features: int) -> float:
     return (n_features - d_model) / (d_model * (n_features - 1))
 
 
-def _aligned(sizes: Sizes) -> float:
+def _chance_alignment(sizes: Sizes) -> ChanceAlignment | None:
     # no feature was kept: there are at least as many dimensions as singular vectors, and fewer align more by chance
     d_model = sizes.d_model or sizes.n_singular
     if not (d_model and sizes.n_singular and sizes.n_pairs):
-        return math.nan
-    chance = alignment_by_chance(d_model, sizes.n_singular, sizes.n_pairs)
-    return max(chance.extreme, (chance.mean + 1) / 2)
+        return None
+    return alignment_by_chance(d_model, sizes.n_singular, sizes.n_pairs)
+
+
+def _chance_overlap(sizes: Sizes) -> Chance | None:
+    if not (sizes.d_model and sizes.n_features and sizes.n_attended and sizes.n_features > sizes.n_attended):
+        return None
+    return overlap_by_chance(sizes.d_model, sizes.n_features, sizes.n_attended)
 
 
 def _orthogonal(sizes: Sizes) -> float:
-    if not (sizes.d_model and sizes.n_features and sizes.n_attended and sizes.n_features > sizes.n_attended):
+    chance = _chance_overlap(sizes)
+    if chance is None:
         return math.nan
-    chance = overlap_by_chance(sizes.d_model, sizes.n_features, sizes.n_attended)
+    assert sizes.d_model is not None
+    assert sizes.n_features is not None
     is_crowded = sizes.n_features > sizes.d_model
     before = least_overlap(sizes.d_model, sizes.n_features) if is_crowded else chance.mean
     return min(chance.extreme, before / 2)
 
 
-LEVELS = {
-    "aligned": Level(
-        "nearer to 1 than to the mean of random vectors of that dimension, matched alike, and no less than the best of "
-        "a thousand draws of them",
-        _aligned,
+def _aligned(reason: str, of: Callable[[ChanceAlignment], Chance]) -> Level:
+    """A level of alignment, between chance and 1."""
+
+    def chance(sizes: Sizes) -> Chance | None:
+        alignment = _chance_alignment(sizes)
+        return None if alignment is None else of(alignment)
+
+    def level(sizes: Sizes) -> float:
+        drawn = chance(sizes)
+        return math.nan if drawn is None else max(drawn.extreme, (drawn.mean + 1) / 2)
+
+    return Level(reason, level, chance)
+
+
+def _on_scale(level: str, scale: Callable[[float], float]) -> Level:
+    """A level on another scale, whose values for a mean are not the mean of its values: nothing is said of chance."""
+    return Level(f"that of '{level}', on this scale", lambda sizes: scale(LEVELS[level].of(sizes)), lambda sizes: None)
+
+
+def _sine(cosine: float) -> float:
+    return math.sqrt(1 - cosine**2) if cosine <= 1 else math.nan
+
+
+_NEARER_TO_1 = (
+    "nearer to 1 than to the mean of random vectors of that dimension, matched alike, and no less than the best of a "
+    "thousand draws of them"
+)
+LEVELS: dict[str, Level] = {
+    "aligned": _aligned(_NEARER_TO_1, lambda chance: chance.matched),
+    "weakest aligned": _aligned(f"{_NEARER_TO_1}, of their weakest pair", lambda chance: chance.weakest),
+    "paired": _aligned(f"{_NEARER_TO_1}, with signs", lambda chance: chance.paired),
+    "weakest paired": _aligned(
+        f"{_NEARER_TO_1}, with signs, of their weakest pair", lambda chance: chance.weakest_paired
     ),
     "orthogonal": Level(
         "nearer to 0 than to (N - D) / (D (N - 1)), which the mean |cosine| of N features in D < N dimensions cannot "
         "be below (Welch's bound), or than to the mean of random vectors where N <= D, and no more than the least of "
         "a thousand draws of them",
         _orthogonal,
+        _chance_overlap,
     ),
+    "aligned, degrees": _on_scale("aligned", lambda cosine: math.degrees(math.acos(cosine))),
+    "aligned, sine": _on_scale("aligned", _sine),
+    "orthogonal, degrees": _on_scale("orthogonal", lambda cosine: math.degrees(math.asin(cosine))),
 }
 """Levels that quantities name (``Quantity.level``)."""

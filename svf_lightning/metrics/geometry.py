@@ -20,13 +20,18 @@ def gram(features: Float[Tensor, "... D N"]) -> Float[Tensor, "... N N"]:
     return x.mT @ x
 
 
+def degrees_from_orthogonal(cosines: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Angle by which vectors of a given cosine miss a right angle, in [0, 90] degrees."""
+    return torch.rad2deg(cosines.abs().clamp_max(1).asin())
+
+
 def attended_vs_rest(
     gram: Float[Tensor, "... N N"], attended: Bool[Tensor, " N"]
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
     """Mean |cosine| between the template's features and the rest, and inside the rest.
 
     Args:
-        gram: Cosines of the features (:func:`gram`).
+        gram: Cosines of the features (:func:`gram`), or another symmetric measure of each two; sizes count.
         attended: True for the features that the template names.
 
     Returns:

@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import bad_value
+
+FEW = 4  # "most heads need 1 to 4 singular pairs" (Fig. 9)
+_PERMUTATIONS = 1  # key of their draws
+_COUNTED_DRAWS = 4  # rotations in which n_recon is counted, as it sorts
 
 
 def relative_attention(
@@ -99,7 +104,7 @@ def haar_orthogonal(
 
 
 class Sparsity(NamedTuple):
-    """How sparse n relative scores are, each head's own n [..., n], and the two rotation controls."""
+    """How sparse n relative scores are, each head's own n [..., n], and the three controls."""
 
     contributions: Float[Tensor, "... n R"]  # c~_k, relative
     score: Float[Tensor, "... n"]  # their sum, logit~_j
@@ -108,6 +113,9 @@ class Sparsity(NamedTuple):
     top_index: Int[Tensor, "... n"]  # singular index that contributes most, 0..R-1; -1 for NaN
     shared: Float[Tensor, "... n draws"]  # S(v) under shared rotations
     independent: Float[Tensor, "... n draws"]  # S(v) under independent rotations
+    permuted: Float[Tensor, "... n draws"]  # S(v) with u_k and v_k paired at random
+    n_recon_shared: Float[Tensor, "... n"]  # mean over some shared rotations
+    few_shared: Float[Tensor, "... n"]  # share of these in which n_recon is at most FEW
 
 
 def measure_sparsity(
@@ -119,28 +127,36 @@ def measure_sparsity(
     n_draws: int = 16,
     seed: int = 0,
 ) -> Sparsity:
-    """Sparseness of relative scores in the singular basis and in randomly rotated ones.
+    """Sparseness of relative scores in the singular basis and in three controls.
 
-    Two controls, with A and B Haar-random: the **shared** rotation has ``U A`` on the query side and the key side's
-    ``S V^T s~`` in the same A, so that every score stays what it was; the **independent** rotation has ``U A`` and
-    ``V B`` with S kept, which keeps the spectrum and breaks the pairing. Identity matrices give the singular basis.
+    With A and B Haar-random: the **shared** rotation has ``U A`` on the query side and the key side's ``S V^T s~`` in
+    the same A, so that every score stays what it was; the **independent** rotation has ``U A`` and ``V B`` with S kept,
+    which keeps the spectrum and breaks the pairing. Identity matrices give the singular basis. The **permuted pairing**
+    keeps the singular vectors themselves: ``u_k`` and ``sigma_k`` with another ``v``.
 
     Args:
         query: ``r . u_k``.
         key: ``u_k^T Omega s~`` with ``s~ = s_j - mean of the other keys``; times ``query`` the contributions.
         direction: ``v_k . s~``.
         S: Singular values, one row for all pairs (n1 = 1) or one each.
-        n_draws: Rotations drawn for each control; the same for all heads and pairs.
+        n_draws: Rotations (or permutations) drawn for each control; the same for all heads and pairs.
         seed: Seed of the draws.
     """
     contributions = query * key
     R = query.shape[-1]
     A, B = haar_orthogonal(R, 2 * n_draws, seed=seed, device=query.device).to(query.dtype).chunk(2)
     shared, independent = [], []
-    for a, b in zip(A, B, strict=True):
+    counts = []
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
         left = query @ a
-        shared.append(sparseness(left * (key @ a)))
+        rotated = left * (key @ a)
+        shared.append(sparseness(rotated))
+        if i < _COUNTED_DRAWS:
+            counts.append(n_recon(rotated))
         independent.append(sparseness(left * S * (direction @ b)))
+    generator = keyed_generator(seed, _PERMUTATIONS)
+    orders = [torch.randperm(R, generator=generator).to(query.device) for _ in range(n_draws)]
+    permuted = [sparseness(query * S * direction[..., order]) for order in orders]
     return Sparsity(
         contributions,
         contributions.sum(-1),
@@ -149,6 +165,9 @@ def measure_sparsity(
         top_contributor(contributions),
         torch.stack(shared, -1),
         torch.stack(independent, -1),
+        torch.stack(permuted, -1),
+        torch.stack(counts, -1).to(query.dtype).mean(-1).masked_fill(contributions.isnan().any(-1), torch.nan),
+        (torch.stack(counts, -1) <= FEW).to(query.dtype).mean(-1).masked_fill(contributions.isnan().any(-1), torch.nan),
     )
 
 

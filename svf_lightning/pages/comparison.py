@@ -14,7 +14,7 @@ from svf_lightning.figures import FIGURES, draw_all
 from svf_lightning.figures.comparison import compared_quantities, over_steps
 from svf_lightning.figures.look import as_text
 from svf_lightning.pages.page import Section, Table, write_page
-from svf_lightning.pages.run import in_words
+from svf_lightning.run.claims import in_words
 from svf_lightning.run.directory import read_config
 from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.summary import read_summary
@@ -95,8 +95,8 @@ def _claims(runs: Mapping[str, Path]) -> list[Table]:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for name, folder in runs.items():
         for claim in read_summary(folder).get("claims", []):
-            holds, measured = in_words(claim)
-            cells.setdefault((claim["claim"], claim["needed"]), {})[name] = f"{measured} ({holds})"
+            told = in_words(claim)
+            cells.setdefault((claim["claim"], claim["needed"]), {})[name] = f"{told.measured} ({told.verdict})"
     rows = [[claim, needed, *(values.get(name, "-") for name in runs)] for (claim, needed), values in cells.items()]
     return [Table(["claim", "needed", *runs], rows, frozenset(["claim", "needed"]))] if rows else []
 

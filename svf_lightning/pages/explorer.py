@@ -159,7 +159,7 @@ def _described(cell: _Cell) -> dict[str, Any]:
 def _told(changes: Mapping[str, Change], place: int, shape: Sequence[int]) -> list[tuple[Change, Sentence]]:
     """What happened in one place, or did not."""
     told = []
-    for change in changes.values():
+    for change in (change for change in changes.values() if change.is_told):
         # steps of change belong to instances, which are the first dimension
         n_times = len(change.steps)
         index = place if n_times == math.prod(shape) else int(np.unravel_index(place, tuple(shape))[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from svf_lightning.figures import FIGURES, draw_all
 from svf_lightning.pages.explorer import time_slider
 from svf_lightning.pages.page import Section, Table, write_page
 from svf_lightning.pages.words import head_picker
+from svf_lightning.run.claims import in_words
 from svf_lightning.run.directory import CONFIG, REPORT, command_of, is_replay, read_config
 from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.lineage import Parent, described
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 _LAST = "further"  # what no other figure shows
 _ENDED = {"finished": "finished", "interrupted": "was interrupted", "failed": "failed"}
 _LOSS = "loss/total"
+
+
+_NULL = (
+    "Null: the same number where a claim must not hold. In brackets: 95 % intervals over what was sampled (instances, "
+    "heads or templates of prompts)."
+)
 
 
 def write_run_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -110,12 +117,12 @@ def _verdict(summary: Mapping[str, Any], dataset: xr.Dataset, config: Mapping[st
     text = f"The run has not ended, or was killed: {last:,} is the last step that it stored."
     tables = []
     if summary:
-        judged = [claim["holds"] for claim in summary.get("claims", []) if claim["holds"] is not None]
-        hold = f"{sum(judged)} of {len(judged)} claims hold" if judged else "No claim was judged"
         after = f", after {summary['seconds']:,.0f} s" if "seconds" in summary else ""
         ended = _ENDED.get(summary.get("status", ""), "ended")
-        text = f"{hold}. The run {ended} at step {summary.get('steps', last):,}{after}."
+        text = f"{_counted(summary.get('claims', []))}. The run {ended} at step {summary.get('steps', last):,}{after}."
         tables = _claims(summary)
+        if tables:
+            text += " " + _NULL
     left_out = dataset.attrs["left_out"]
     if left_out:
         rows = [[f"{step:,}", why] for step, why in left_out.items()]
@@ -157,14 +164,22 @@ def _diverged(dataset: xr.Dataset) -> Sentence | None:
 def _claims(summary: Mapping[str, Any]) -> list[Table]:
     rows = []
     for claim in summary.get("claims", []):
-        holds, measured = in_words(claim)
-        needed = claim["needed"].replace(", open question", "")
-        rows.append([holds, claim["claim"], measured, needed, claim["figure"]])
-    titles = ["holds", "claim", "measured", "needed", "paper"]
-    return [Table(titles, rows, frozenset(["holds", "claim", "paper"]))] if rows else []
+        told = in_words(claim)
+        needed = " · ".join(filter(None, [told.needed, told.why]))
+        measured, effect = (cell.replace(", ", ",\N{NO-BREAK SPACE}") for cell in (told.measured, told.effect))
+        rows.append([told.verdict, claim["claim"], measured, told.null, effect, needed, claim["figure"]])
+    titles = ["verdict", "claim", "measured [95 %]", "null", "difference [95 %]", "needed · what decided", "paper"]
+    return [Table(titles, rows, frozenset(titles))] if rows else []
 
 
-def in_words(claim: Mapping[str, Any]) -> tuple[str, str]:
-    """Whether a claim of summary.json holds, and what was measured."""
-    holds = {True: "yes", False: "no", None: "open"}[claim["holds"]]
-    return holds, "not measured" if claim["measured"] is None else f"{claim['measured']:.4g}"
+def _counted(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims have which verdict."""
+    verdicts = [in_words(claim).verdict for claim in claims]
+    judged = sum(verdict in ("yes", "no") for verdict in verdicts)
+    hold = f"{verdicts.count('yes')} of {judged} judged claims hold" if judged else "No claim was judged"
+    others = {
+        "open": "{} open (a question, or the sample does not decide)",
+        "vacuous": "{} vacuous (the null passes as well, or there is nothing to judge by)",
+    }
+    told = [words.format(verdicts.count(kind)) for kind, words in others.items() if kind in verdicts]
+    return "; ".join([hold, *told])

@@ -331,6 +331,7 @@ class CheckpointReplay(pl.LightningModule):
             "prompt_text": (("prompt",), [prompt.text for prompt in prompts]),
             "query_position": (("prompt",), [prompt.query for prompt in prompts]),
             "key_position": (("prompt",), [prompt.key for prompt in prompts]),
+            "prompt_template": (("prompt",), torch.tensor([prompt.template for prompt in prompts])),
             "token_span": (("prompt", "token", "end"), _spans(prompts)),
         }
         if isinstance(self.features_from, list):

@@ -8,6 +8,7 @@ subject (S). The last token asks, and heads that move the name attend to the tok
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -90,6 +91,8 @@ class Prompt:
         subjects: IOI only: positions of both mentions of S.
         spans: Characters [start, end) of the text that each token covers, without white space; (0, 0) for a token that
             the tokenizer adds. Empty if not known.
+        template: Number of the sentence that it was made from, which it shares with others; -1 for one of its own.
+            Intervals are over templates, as prompts of one template are no independent sample.
 
     Raises:
         InputError: The positions are out of range, or the key comes after the query.
@@ -103,6 +106,7 @@ class Prompt:
     wrong: int
     subjects: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    template: int = dataclasses.field(default=-1, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.key <= self.query < len(self.tokens):
@@ -275,7 +279,8 @@ def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encod
         positions_of[name], answers[name] = positions, answer
     (key,), subjects = positions_of[sentence.io], tuple(positions_of[sentence.s])
     correct, wrong = answers[sentence.io], answers[sentence.s]
-    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects, tuple(encoding.spans))
+    spans_of_tokens = tuple(encoding.spans)
+    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects, spans_of_tokens, sentence.template)
 
 
 def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[str, list[str]]:

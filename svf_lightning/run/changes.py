@@ -12,7 +12,7 @@ import torch
 
 from svf_lightning.metrics import has_happened, time_of_change
 from svf_lightning.metrics.dynamics import Sizes
-from svf_lightning.quantities import Quantity
+from svf_lightning.quantities import Place, Quantity
 from svf_lightning.rows import scalar_variables
 from svf_lightning.sentences import Sentence, capital, number
 
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_MOST, _HALF = 0.9, 0.5  # of the way
+
+
 @dataclass(frozen=True)
 class Change:
     """The change of one quantity in every instance (or head) of a run.
 
     Args:
-        of: The quantity that changes; its ``change`` is what the steps are of.
-        steps: Training step from which 90 % of the way are covered, by instance; NaN where it did not happen.
+        of: The quantity that changes.
+        quantity: What the steps are of, such as dynamics/t_align.
+        steps: Training step from which a fraction of the way is covered, by instance; NaN where it did not happen.
         first: Values of the first row.
         last: Values of the last row.
         level: What the last value must reach; NaN if it is not known, None if the quantity has none.
@@ -34,6 +38,7 @@ class Change:
     """
 
     of: Quantity
+    quantity: Quantity
     steps: np.ndarray
     first: np.ndarray
     last: np.ndarray
@@ -41,10 +46,9 @@ class Change:
     over: str = "instance"
 
     @property
-    def quantity(self) -> Quantity:
-        """What the steps are of, such as dynamics/t_align."""
-        assert self.of.change is not None  # it is how changes are found
-        return self.of.change
+    def is_told(self) -> bool:
+        """True if pages say so in words; the same change at half of its way, or on another scale, is left to tables."""
+        return self.quantity == self.of.change and self.quantity.is_at(Place.TABLE)
 
     @property
     def happened(self) -> np.ndarray:
@@ -101,6 +105,8 @@ class Change:
 
     def to_log(self) -> dict[str, float]:
         """What loggers get: mean, min and max over the instances in which it happened, and the share of these."""
+        if self.quantity.logged == "no":
+            return {}
         name, steps = self.quantity.name, self.steps[self.happened]
         known = {name: steps.mean(), f"{name}/min": steps.min(), f"{name}/max": steps.max()} if len(steps) else {}
         return {key: float(value) for key, value in known.items()} | {f"{name}/share": float(self.happened.mean())}
@@ -113,7 +119,7 @@ def changes(
     quantities: Mapping[str, Quantity],
     sizes: Sizes,
 ) -> dict[str, Change]:
-    """When quantities changed (``Quantity.change``, such as ``dynamics/t_align``), if they did.
+    """When quantities changed (``Quantity.change`` and ``halfway``, such as ``dynamics/t_align``), if they did.
 
     Args:
         scalars: Columns [K, *batch] by name.
@@ -128,16 +134,19 @@ def changes(
     found = {}
     over = "instance" if batch_dims[:1] == ("instance",) else "head"
     for name, quantity in quantities.items():
-        if quantity.change is None or name not in scalars:
+        steps_of_change = ((quantity.change, _MOST), (quantity.halfway, _HALF))
+        wanted = [(step_of, fraction) for step_of, fraction in steps_of_change if step_of is not None]
+        if not wanted or name not in scalars:
             continue
         values = per_unit(np.asarray(scalars[name]), batch_dims)
         series = torch.tensor(values if values.dtype == np.float32 else values.astype(float))
         level = quantity.level_in(sizes)
         happened = has_happened(series, level=level, rises=quantity.rises).numpy()
-        times = time_of_change(series, torch.tensor(steps)).numpy()
-        found[quantity.change.name] = Change(
-            quantity, np.where(happened, times, np.nan), values[0], values[-1], level, over
-        )
+        for step_of, fraction in wanted:
+            times = time_of_change(series, torch.tensor(steps), fraction=fraction).numpy()
+            found[step_of.name] = Change(
+                quantity, step_of, np.where(happened, times, np.nan), values[0], values[-1], level, over
+            )
     return found
 
 
@@ -146,7 +155,7 @@ def changes_of(trajectory: xr.Dataset, quantities: Mapping[str, Quantity]) -> di
     columns = {
         name: variable
         for name, variable in scalar_variables(trajectory).items()
-        if name in quantities and quantities[name].change is not None
+        if name in quantities and len(quantities[name].with_changes()) > 1
     }
     return changes(columns, trajectory["step"].values, trajectory.attrs["batch_dims"], quantities, sizes_of(trajectory))
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from svf_lightning.files import read_json, write_json
+from svf_lightning.metrics.dynamics import UNKNOWN, Sizes
 from svf_lightning.quantities import Place, Quantity
 from svf_lightning.rows import Rows, statistics
-from svf_lightning.run.changes import Change, per_unit
-from svf_lightning.run.claims import Verdict, judge
+from svf_lightning.run.changes import Change, per_unit, sizes_in
+from svf_lightning.run.claims import Evidence, Verdict, judge
 from svf_lightning.run.directory import SUMMARY, versions
 from svf_lightning.run.settings import Experiment
 
 _NUMBER = (int, float)
 _MAYBE = (int, float, NoneType)  # null: not a number
+_INTERVAL = ([_NUMBER], NoneType)
 _CLAIM = {
     "claim": str,
     "figure": str,
@@ -29,6 +31,13 @@ _CLAIM = {
     "holds": (bool, NoneType),
     "rule?": str,
     "needed": str,
+    "verdict?": str,
+    "null?": ({"name": str, "value": _MAYBE}, NoneType),
+    "interval?": _INTERVAL,
+    "effect?": ({"value": _NUMBER, "interval": _INTERVAL}, NoneType),
+    "share?": ({"value": _NUMBER, "interval": _INTERVAL, "null": _MAYBE, "needed": _MAYBE}, NoneType),
+    "n?": int,
+    "why?": str,
 }
 _METRIC = {"label?": str, "unit?": str, "mean": _MAYBE, "min": _MAYBE, "max": _MAYBE, "per_instance": [_MAYBE]}
 _SUMMARY = {  # what readers rely on
@@ -41,6 +50,14 @@ _SUMMARY = {  # what readers rely on
     "metrics": {"*": _METRIC},
     "claims": [_CLAIM],
 }
+
+
+class Ends(NamedTuple):
+    """Values of the first row and of the last one: [n], or [n, k] for units with k values each."""
+
+    first: np.ndarray
+    last: np.ndarray
+    unit: str = ""  # what they are of, if that is neither an instance nor a head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +74,8 @@ class Result:
         batch_dims: The module's own dimensions.
         settings: What the instances differ in, so that a claim can be about some of them.
         quantities: What is known of the metrics.
+        sizes: Of the run, which levels and chance follow from.
+        details: What claims may look at beside ``first`` and ``last``, by metric.
     """
 
     status: str = "finished"
@@ -68,10 +87,12 @@ class Result:
     batch_dims: tuple[str, ...] = ("instance",)
     settings: Mapping[str, np.ndarray] = field(default_factory=dict)
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
+    sizes: Sizes = UNKNOWN
+    details: Mapping[str, Ends] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, rows: Rows) -> Result:
-        """The ends of some rows."""
+    def of_rows(cls, rows: Rows, names: Iterable[str] = ()) -> Result:
+        """The ends of some rows; ``names``: what claims look at."""
         first, last = ends(rows.scalars(), rows.batch_dims)
         return cls(
             steps=int(rows.steps[-1]),
@@ -80,6 +101,19 @@ class Result:
             batch_dims=rows.batch_dims,
             settings={name: values for name, (dims, values) in rows.coords.items() if dims == ("instance",)},
             quantities=rows.quantities,
+            sizes=sizes_in(rows.sizes, {name: values for name, (_, values) in rows.coords.items()}),
+            details=details({name: rows.values[name] for name in names if name in rows.values}, rows.batch_dims),
+        )
+
+    def evidence(self) -> Evidence:
+        """What claims look at."""
+        return Evidence(
+            last={**self.settings, **self.last, **{name: ends_of.last for name, ends_of in self.details.items()}},
+            first={**self.first, **{name: ends_of.first for name, ends_of in self.details.items()}},
+            sizes=self.sizes,
+            quantities=self.quantities,
+            unit=self.over.removesuffix("s"),
+            units={name: ends_of.unit for name, ends_of in self.details.items() if ends_of.unit},
         )
 
     def with_changes(self, changes: Mapping[str, Change]) -> Result:
@@ -116,7 +150,8 @@ class Result:
 
 def summarize(run_dir: Path, experiment: Experiment, result: Result) -> list[Verdict]:
     """Judge a run's claims and write its summary.json; its ``over`` says what ``per_instance`` lists."""
-    verdicts = [judge(claim, {**result.settings, **result.last}, result.first) for claim in experiment.claims]
+    evidence = result.evidence()
+    verdicts = [judge(claim, evidence) for claim in experiment.claims]
     metrics = {}
     for name, values in sorted(result.last.items()):
         quantity = result.quantity(name)
@@ -157,3 +192,23 @@ def ends(
         for rows in (slice(None, 1), slice(-1, None))
     )
     return first, last
+
+
+def details(columns: Mapping[str, tuple[Sequence[Any], Any]], batch_dims: tuple[str, ...]) -> dict[str, Ends]:
+    """The ends of columns as claims look at them: one row for each instance (or head), or for each unit of their own.
+
+    Args:
+        columns: Dimensions without the step, and values [K, ...] (anything that slices).
+        batch_dims: The module's own dimensions.
+    """
+    found = {}
+    units = batch_dims[:1] if batch_dims[:1] == ("instance",) else batch_dims
+    for name, (dims, values) in columns.items():
+        first, last = (np.asarray(values[rows])[0] for rows in (slice(None, 1), slice(-1, None)))
+        are_units = bool(units) and tuple(dims[: len(units)]) == units
+        n = int(np.prod(first.shape[: len(units)])) if are_units else first.size
+        first, last = (end.reshape(n, -1) for end in (first, last))
+        if first.shape[1] == 1:
+            first, last = first[:, 0], last[:, 0]
+        found[name] = Ends(first, last, "" if are_units else (str(dims[0]) if dims else "model"))
+    return found

@@ -108,10 +108,10 @@ class TrialWriter(RowSink):
             self._summarize(one, rows.of_instances(one.instances), seconds * share)
 
     def _summarize(self, one: _Open, rows: Rows, seconds: float) -> None:
-        result = Result.of_rows(rows)
+        result = Result.of_rows(rows, {name for claim in one.experiment.claims for name in claim.names()})
         sizes = sizes_in(self._sizes, {name: values for name, (_, values) in rows.coords.items()})
         happened = changes(rows.scalars(), rows.steps, rows.batch_dims, rows.quantities, sizes)
-        result = replace(result.with_changes(happened), seconds=seconds)
+        result = replace(result.with_changes(happened), seconds=seconds, sizes=sizes)
         total = result.last.get("loss/total")
         if total is not None and not np.isfinite(total).any():
             result = replace(result, status="failed")

@@ -183,7 +183,11 @@ class ToyAttentionModel(pl.LightningModule):
         return logits * self._position_factor(torch.arange(logits.shape[-1], 0, -1, device=logits.device))
 
     def losses(self, f: Float[Tensor, "J B m1 N"]) -> Losses:
-        """``loss/recon``, ``loss/attn`` (with a head) and ``loss/total``, one value per instance [I], in nats."""
+        """``loss/recon``, ``loss/attn`` and ``loss/kl`` (with a head), and ``loss/total``, one value per instance [I].
+
+        The attention's are in nats. ``loss/kl`` is ``loss/attn`` without the target's entropy, which no head can take
+        off; nothing is differentiated through it.
+        """
         flat = f.flatten(1, 2)
         recon = reconstruction_loss(self.W, self.b, flat, self.importance if self._weigh_features else None)
         if not self.has_head:
@@ -191,7 +195,10 @@ class ToyAttentionModel(pl.LightningModule):
         logits = self._logits(f)
         target = self.target_logits(f).softmax(-1)
         attn = -(target * F.log_softmax(logits, -1)).sum((1, 2)) / logits.shape[1]
-        return {"loss/recon": recon, "loss/attn": attn, "loss/total": recon + self.lambda_attn * attn}
+        with torch.no_grad():
+            entropy = torch.special.entr(target).sum((1, 2)) / logits.shape[1]
+            kl = (attn - entropy).clamp_min(0)  # but for rounding it is no less
+        return {"loss/recon": recon, "loss/attn": attn, "loss/kl": kl, "loss/total": recon + self.lambda_attn * attn}
 
     def probe(self) -> Probe:
         """Heads and features as they are now.

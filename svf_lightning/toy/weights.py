@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.matrix_files import FORMATS, read_matrices
@@ -18,6 +19,7 @@ from svf_lightning.toy.template import Template
 
 FEATURE_KINDS = ("random", "orthonormal", "tight_frame", "cone")
 HEAD_KINDS = ("random", "optimal", "aligned")
+_AXIS = 1  # key of the axis of a cone
 _FRAME_STEPS = 2000
 _FRAME_TOLERANCE = 1e-9
 
@@ -65,7 +67,9 @@ def initial_features(
             made.append(torch.linalg.qr(start.double()).Q)
         else:
             frame = unit_norm_tight_frame(start.double())
-            axis = torch.randn(D, 1, generator=generator).double()
+            axis = torch.randn(
+                D, 1, generator=keyed_generator(seed, _AXIS)
+            ).double()  # the head is drawn from seed, too
             tilted = frame + (strength if kind == "cone" else 0.0) * axis / axis.norm()
             made.append(tilted / tilted.norm(dim=0))
     return torch.stack(made)

@@ -202,9 +202,12 @@ def test_of_a_module_without_instances_values_are_listed_over_heads_and_those_wi
 
 
 def test_claims_are_judged_written_and_shown(tmp_path, capsys):
+    certain = Claim(
+        claim="it aligns", figure="Fig. 2a", metric="alignment/matched", relation=">", threshold=0.0, share=1
+    )
     impossible = Claim(claim="it is perfect", figure="Fig. 9", metric="alignment/matched", relation=">=", threshold=2.0)
     question = Claim(claim="how strong?", figure="", metric="spectrum/sigma_1", over="max")
-    writer = RunSummary(claims=[CLAIM, impossible, question])
+    writer = RunSummary(claims=[certain, impossible, question])
     train(tmp_path, callbacks=[SVDAlignment(), TrajectoryWriter(), writer])
     claims = summary_of(tmp_path)["claims"]
     assert [(claim["claim"], claim["holds"]) for claim in claims] == [
@@ -214,7 +217,7 @@ def test_claims_are_judged_written_and_shown(tmp_path, capsys):
     matched = summary_of(tmp_path)["metrics"]["alignment/matched"]["mean"]
     assert claims[0]["measured"] == pytest.approx(matched)
     shown = capsys.readouterr().out
-    for claim, answer in (("it aligns", "yes"), ("it is perfect", "NO"), ("how strong?", "?")):
+    for claim, answer in (("it aligns", "yes"), ("it is perfect", "no"), ("how strong?", "open")):
         assert answer in next(line for line in shown.splitlines() if claim in line)
 
 

@@ -32,7 +32,7 @@ NO_NUMBER = re.compile(r"\b(nan|NaN|None|inf|Infinity|undefined)\b")
 def level(rises):
     """The level of the runs of tests/helpers/trajectories.py, from the definition: D = R = 5, one pair, N = 9."""
     if rises:
-        chance = alignment_by_chance(5, 5, 1)
+        chance = alignment_by_chance(5, 5, 1).matched
         return max(chance.extreme, (chance.mean + 1) / 2)
     return min(overlap_by_chance(5, 9, 2).extreme, least_overlap(5, 9) / 2)
 

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import align_pairs, cosine_matrix, logit_fidelity, match_pairs, spearman
+from svf_lightning.metrics import (
+    align_pairs,
+    cosine_matrix,
+    logit_fidelity,
+    match_pairs,
+    share_served,
+    signed_cosine_matrix,
+    spearman,
+)
 
 D, N, R, P = 17, 11, 7, 5  # model dimension, features, singular pairs, target pairs
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
@@ -345,6 +353,65 @@ def test_nan_feature_gives_a_nan_score_and_leaves_the_other_pairs_alone(n_pairs)
 
 
 # --- logits
+
+
+def paired(query, key, U, S, V, **kwargs):
+    return align_pairs(signed_cosine_matrix(query, U), signed_cosine_matrix(key, V), S, **kwargs).paired
+
+
+E = torch.eye(8, dtype=torch.float64)
+
+
+def head_of(*parts):
+    """Singular vectors of the head that adds up size * e_i e_j^T over its parts (size, i, j)."""
+    return torch.linalg.svd(sum(size * torch.outer(E[i], E[j]) for size, i, j in parts))
+
+
+@pytest.mark.parametrize(("parts", "pairs", "expected"), [
+    ([(5, 0, 5), (5, 1, 6)], [(0, 5), (1, 6)], [1, 1]),
+    ([(5, 0, 6), (5, 1, 5)], [(0, 5), (1, 6)], [0, 0]),  # inside one block, but each with the partner of the other
+    ([(-5, 0, 5)], [(0, 5)], [-1]),  # attention is taken off
+    ([(5, 0, 5), (-5, 1, 6)], [(0, 5), (1, 6)], [1, -1]),
+    ([(5, 0, 5), (3, 1, 6)], [(0, 6), (1, 5)], [0, 0]),
+])  # fmt: skip
+def test_the_paired_score_knows_the_partner_and_the_sign(parts, pairs, expected):
+    U, S, Vh = head_of(*parts)
+    rank = len(parts)
+    query, key = E[:, [i for i, _ in pairs]], E[:, [j for _, j in pairs]]
+    found = paired(query, key, U[:, :rank], S[:rank], Vh.mT[:, :rank])
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@SETTINGS
+@given(SEEDS)
+def test_the_paired_score_does_not_depend_on_a_rotation_inside_a_block_nor_on_signs(seed):
+    query, key, U, _, V = random_case(seed)
+    S = torch.ones(R, dtype=torch.float64)  # one block
+    A = orthonormal(R, R, seed=seed + 9)
+    flip = torch.where(randn(R, seed=seed + 5) > 0, 1.0, -1.0)
+    expected = paired(query, key, U, S, V)
+    torch.testing.assert_close(paired(query, key, U @ A, S, V @ A), expected)
+    torch.testing.assert_close(paired(query, key, U * flip, S, V * flip), expected)
+    unit_query, unit_key = query / query.norm(dim=0), key / key.norm(dim=0)
+    torch.testing.assert_close(expected, (unit_query * (U @ V.mT @ unit_key)).sum(0))
+
+
+@SETTINGS
+@given(SEEDS)
+def test_other_scores_do_not_depend_on_the_signs_of_the_cosines(seed):
+    query, key, U, S, V = random_case(seed)
+    signed = align_pairs(signed_cosine_matrix(query, U), signed_cosine_matrix(key, V), S)
+    absolute = aligned(query, key, U, S, V)
+    for name in ("index", *SCORES):
+        torch.testing.assert_close(getattr(signed, name), getattr(absolute, name))
+    assert (signed.paired.abs() <= 1 + 1e-12).all()
+
+
+def test_a_pair_is_served_from_half_of_its_target_on_whatever_the_sign():
+    target = torch.tensor([4.0, 4.0, -4.0, -4.0, 0.0])
+    logit = torch.tensor([2.0, 1.9, -3.0, 3.0, 9.0])
+    assert share_served(logit, target).item() == 0.5  # of the four that have a target
+    assert share_served(torch.ones(3), torch.zeros(3)).isnan()
 
 
 @DTYPES

@@ -11,10 +11,10 @@ from svf_lightning.errors import InputError
 from svf_lightning.metrics import (
     align_pairs,
     attended_vs_rest,
-    cosine_matrix,
     gram,
     has_happened,
     noise_of,
+    signed_cosine_matrix,
     time_of_change,
 )
 from svf_lightning.metrics.dynamics import LEVELS, Sizes, alignment_by_chance, least_overlap, overlap_by_chance
@@ -191,7 +191,7 @@ def test_a_straight_course_is_no_noise_and_a_drift_at_the_end_is():
 
 @pytest.mark.parametrize(("d_model", "mean"), [(10, 0.49), (2, 0.81)])
 def test_alignment_by_chance_of_one_pair_is_what_an_independent_computation_found(d_model, mean):
-    assert alignment_by_chance(d_model, d_model, 1).mean == pytest.approx(mean, abs=0.01)
+    assert alignment_by_chance(d_model, d_model, 1).matched.mean == pytest.approx(mean, abs=0.01)
 
 
 def test_alignment_by_chance_is_that_of_random_heads_and_features():
@@ -199,13 +199,31 @@ def test_alignment_by_chance_is_that_of_random_heads_and_features():
     n, D, R, P = 400, 12, 5, 3
     U, V = (torch.linalg.qr(torch.randn(n, D, R, generator=g)).Q for _ in "UV")
     query, key = (torch.randn(n, D, P, generator=g) for _ in "qk")
-    pairs = align_pairs(cosine_matrix(query, U), cosine_matrix(key, V), torch.ones(n, R))
-    drawn = ((pairs.left + pairs.right) / 2).mean(-1)
+    pairs = align_pairs(
+        signed_cosine_matrix(query, U), signed_cosine_matrix(key, V), torch.arange(R, 0, -1.0).expand(n, R)
+    )
+    cosines = (pairs.left + pairs.right) / 2
     chance = alignment_by_chance(D, R, P)
-    assert chance.mean == pytest.approx(drawn.mean().item(), abs=0.01)
-    assert (drawn > chance.extreme).double().mean() < 0.01
+    drawn = (cosines.mean(-1), cosines.amin(-1), pairs.paired.mean(-1), pairs.paired.amin(-1))
+    for of_this, found in zip(chance, drawn, strict=True):
+        error = found.std().item() * (1 / n + 1 / 1000) ** 0.5
+        assert of_this.mean == pytest.approx(found.mean().item(), abs=4 * error)
+        assert len(of_this.draws) == 1000
+        assert of_this.mean == pytest.approx(of_this.draws.mean())
+        assert (found > of_this.extreme).double().mean() < 0.01
     more_pairs = alignment_by_chance(D, R, 9)  # four find no singular vector
-    assert more_pairs.mean < chance.mean
+    assert more_pairs.matched.mean < chance.matched.mean
+    assert more_pairs.weakest.mean == 0
+
+
+def test_a_level_on_another_scale_is_the_same_level():
+    sizes = Sizes(10, 10, 1, 20, 2)
+    level = LEVELS["aligned"].of(sizes)
+    assert math.cos(math.radians(LEVELS["aligned, degrees"].of(sizes))) == pytest.approx(level)
+    assert LEVELS["aligned, sine"].of(sizes) == pytest.approx(math.sqrt(1 - level**2))
+    overlap = LEVELS["orthogonal"].of(sizes)
+    assert math.sin(math.radians(LEVELS["orthogonal, degrees"].of(sizes))) == pytest.approx(overlap)
+    assert all(math.isnan(LEVELS[name].of(Sizes())) for name in LEVELS)
 
 
 def test_overlap_by_chance_is_that_of_random_features():

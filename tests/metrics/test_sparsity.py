@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import InputError
 from svf_lightning.metrics import (
     SparseAttention,
@@ -171,6 +172,23 @@ def test_controls_equal_the_dense_change_of_basis(seed):
         independent = left * S[:, None] * (s @ (V @ B[draw]))
         torch.testing.assert_close(found.independent[..., draw], sparseness(independent))
         assert not torch.allclose(independent.sum(-1), found.score)
+    generator = keyed_generator(seed, 1)
+    for draw in range(n_draws):
+        order = torch.randperm(R, generator=generator)
+        Omega_of_others = torch.stack([U[h] * S[h] @ V[h][:, order].T for h in range(2)])
+        permuted = (r @ U) * S[:, None] * (s @ V[..., order])
+        torch.testing.assert_close(permuted.sum(-1), torch.einsum("nd,hde,ne->hn", r, Omega_of_others, s))
+        torch.testing.assert_close(found.permuted[..., draw], sparseness(permuted))
+
+
+def test_n_recon_of_rotated_bases_is_that_of_the_dense_change_of_basis():
+    R, n, n_draws = 12, 40, 4
+    q, k, S = randn(n, R, seed=0), randn(n, R, seed=1), torch.ones(1, R, dtype=torch.float64)
+    found = measure_sparsity(q, k, k, S, n_draws=n_draws, seed=3)
+    A = haar_orthogonal(R, 2 * n_draws, seed=3)[:n_draws]
+    counts = torch.stack([n_recon((q @ a) * (k @ a)) for a in A], -1).double()
+    torch.testing.assert_close(found.n_recon_shared, counts.mean(-1))
+    torch.testing.assert_close(found.few_shared, (counts <= 4).double().mean(-1))
 
 
 def test_controls_of_a_single_contributor_are_not_sparse():
