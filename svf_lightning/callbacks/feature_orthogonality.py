@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
-from svf_lightning.metrics import attended_vs_rest, degrees_from_orthogonal, feature_dimensionality, gram, interference
+from svf_lightning.metrics import (
+    attended_vs_rest,
+    degrees_from_orthogonal,
+    feature_dimensionality,
+    gram,
+    interference,
+    share_in_span,
+)
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import COSINES, Place, Quantity, half_of_the_way, on_another_scale
 
@@ -58,6 +65,13 @@ class FeatureOrthogonality(ProbeMetric):
             source="Fig. 1b; method, section 3", panel=COSINES, colour="sky",
         ),
         Quantity(
+            "orthogonality/rest_in_span", "other features in the span of attended ones",
+            "Length of a unit feature's projection on the span of the template's features, mean over the others: 0 if "
+            "they live in the D - k dimensions that the k attended ones leave.",
+            low=0, high=1, better="lower", source="Fig. 1b", logged="mean",
+            needs="a template that leaves features over, and names fewer than there are dimensions",
+        ),
+        Quantity(
             "orthogonality/dimensionality", "dimensions per feature",
             "Elhage's D_i = |w_i|^2 / sum_j (x_i . w_j)^2, mean over features: 1/2 in an antipodal pair.",
             low=0, high=1, source="Elhage et al. 2022", logged="mean",
@@ -97,5 +111,7 @@ class FeatureOrthogonality(ProbeMetric):
             measured["orthogonality/rest_vs_rest"] = inside
         if 0 < n_rest < W.shape[-1]:
             measured["orthogonality/attended_vs_rest"] = between
+            if W.shape[-1] - n_rest < W.shape[-2]:
+                measured["orthogonality/rest_in_span"] = share_in_span(W[..., ~attended], W[..., attended]).mean(-1)
             measured["orthogonality/angle"], _ = attended_vs_rest(degrees_from_orthogonal(G), attended)
         return measured

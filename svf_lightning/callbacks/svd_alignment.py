@@ -11,6 +11,7 @@ from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import (
     align_pairs,
+    line_through,
     logit_fidelity,
     n_significant,
     share_served,
@@ -70,8 +71,17 @@ class SVDAlignment(ProbeMetric):
         ),
         Quantity(
             "spectrum/target_spearman", "order of singular values against target logits",
-            "Spearman correlation of matched singular values with the target logits of their pairs.",
+            "Spearman correlation of matched singular values with |T_ij| of their pairs.",
             low=-1, high=1, better="higher", source="Fig. 2b", logged="mean",
+        ),
+        Quantity(
+            "spectrum/target_slope", "singular values against target logits, slope",
+            "Slope of the least-squares line of matched singular values on |T_ij|.", better=None, logged="mean",
+            source="Fig. 2b",
+        ),
+        Quantity(
+            "spectrum/target_intercept", "singular values against target logits, intercept",
+            "Where that line is at a target of 0.", unit="nats", logged="mean", source="Fig. 2b",
         ),
         Quantity(
             "alignment/matched", "alignment of singular vectors",
@@ -220,5 +230,8 @@ class SVDAlignment(ProbeMetric):
         measured["alignment/logit_fidelity"] = logit_fidelity(logit, probe.pair_logits)
         measured["alignment/served"] = share_served(logit, probe.pair_logits)
         if len(probe.pairs) >= 3:
-            measured["spectrum/target_spearman"] = spearman(pairs.sigma, probe.pair_logits)
+            sizes = probe.pair_logits.abs()  # a singular value has no sign
+            measured["spectrum/target_spearman"] = spearman(pairs.sigma, sizes)
+            line = line_through(sizes.to(pairs.sigma), pairs.sigma)
+            measured |= dict(zip(("spectrum/target_slope", "spectrum/target_intercept"), line, strict=True))
         return measured

@@ -58,7 +58,7 @@ def draw_chance(figure: go.Figure, number: int, chance: float, colour: str, labe
     place = {"xref": f"{axis_name('x', number)} domain", "yref": axis_name("y", number)}
     figure.add_annotation(
         text=f"{label}: {chance:.2g}", x=0.995, y=chance, xanchor="right", yanchor="bottom", showarrow=False,
-        font={"size": 11, "color": colour}, **place,
+        font={"size": 11}, **place,
     )  # fmt: skip
 
 

@@ -360,7 +360,9 @@ def draw_across_runs(data: FinalValues, *, title: str = "") -> go.Figure:
     drawn = draw_final_values(data, title=title)
     if data.labels:
         bar = {"symbol": "line-ew-open", "size": 28, "line": {"width": 3}}
-        drawn.update_traces(selector={"mode": "lines"}, mode="markers", marker=bar, hovertemplate="mean: %{y:.3f}")
+        drawn.update_traces(
+            selector={"mode": "lines", "line.dash": None}, mode="markers", marker=bar, hovertemplate="mean: %{y:.3f}"
+        )
     return drawn
 
 

@@ -193,7 +193,7 @@ def _draw_chance(drawn: go.Figure, y: str, chance: float, colour: str) -> None:
     drawn.add_shape(type="line", **ends, line={"dash": "dash", "width": 1.2, "color": colour}, layer="below")
     drawn.add_annotation(
         text=f"by chance: {chance:.2g}", x=0.002, y=chance, xref="x domain", yref=y, xanchor="left", yanchor="bottom",
-        showarrow=False, font={"size": 11, "color": colour},
+        showarrow=False, font={"size": 11},
     )  # fmt: skip
 
 

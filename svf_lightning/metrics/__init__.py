@@ -5,6 +5,7 @@ from svf_lightning.metrics.alignment import (
     PairAlignment,
     align_pairs,
     cosine_matrix,
+    line_through,
     logit_fidelity,
     match_pairs,
     share_served,
@@ -18,6 +19,7 @@ from svf_lightning.metrics.geometry import (
     feature_dimensionality,
     gram,
     interference,
+    share_in_span,
     unit_features,
 )
 from svf_lightning.metrics.intervals import (
@@ -55,6 +57,7 @@ __all__ = [
     "haar_orthogonal",
     "has_happened",
     "interference",
+    "line_through",
     "logit_fidelity",
     "match_pairs",
     "mean_interval",
@@ -64,6 +67,7 @@ __all__ = [
     "noise_of",
     "relative_attention",
     "share_difference_interval",
+    "share_in_span",
     "share_interval",
     "share_served",
     "sigma_ratio",

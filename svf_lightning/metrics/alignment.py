@@ -145,6 +145,15 @@ def logit_fidelity(effective: Float[Tensor, "... P"], target: Float[Tensor, "...
     return 1 - (effective - target).abs().mean(-1) / target.abs().mean(-1)
 
 
+def line_through(
+    x: Float[Tensor, "... P"], y: Float[Tensor, "... P"]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Slope and intercept of the least-squares line of y on x; NaN where x is constant."""
+    dx, dy = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    slope = (dx * dy).sum(-1) / dx.square().sum(-1)
+    return slope, y.mean(-1) - slope * x.mean(-1)
+
+
 def spearman(x: Float[Tensor, "... P"], y: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
     """Spearman rank correlation along the last dimension, ties at their mean rank; in [-1, 1], NaN for a constant."""
 

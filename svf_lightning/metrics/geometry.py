@@ -25,6 +25,20 @@ def degrees_from_orthogonal(cosines: Float[Tensor, "..."]) -> Float[Tensor, "...
     return torch.rad2deg(cosines.abs().clamp_max(1).asin())
 
 
+def share_in_span(vectors: Float[Tensor, "... D n"], span: Float[Tensor, "... D k"]) -> Float[Tensor, "... n"]:
+    """Length of the projection of unit vectors on the span of others, in [0, 1]; of a random one about sqrt(k / D).
+
+    Others that depend on each other span fewer dimensions than they are. NaN where something is not finite.
+    """
+    axes = unit_features(span)
+    finite = torch.isfinite(axes).flatten(-2).all(-1)[..., None, None]
+    U, S, _ = torch.linalg.svd(torch.where(finite, axes, 0.0), full_matrices=False)
+    counted = S[..., :1] * max(span.shape[-2:]) * torch.finfo(S.dtype).eps < S
+    along = (unit_features(vectors).mT @ U).square() * counted[..., None, :]
+    share: Tensor = along.sum(-1).sqrt().clamp_max(1)
+    return share.masked_fill(~finite.squeeze(-1), torch.nan)
+
+
 def attended_vs_rest(
     gram: Float[Tensor, "... N N"], attended: Bool[Tensor, " N"]
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:

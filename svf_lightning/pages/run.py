@@ -30,8 +30,8 @@ _LOSS = "loss/total"
 
 
 _NULL = (
-    "Null: the same number where a claim must not hold. In brackets: 95 % intervals over what was sampled (instances, "
-    "heads or templates of prompts)."
+    "Beside each number stands the same one where the claim must not hold. In brackets: 95 % intervals over what was "
+    "sampled (instances, heads or templates of prompts)."
 )
 
 

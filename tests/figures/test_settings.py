@@ -8,6 +8,7 @@ from figures.datasets import N_I, last, named, rotary, synthetic
 from svf_lightning.errors import InputError
 from svf_lightning.figures import across_runs, against, along_axis, fig_4
 from svf_lightning.figures.look import BLUE, VERMILLION
+from svf_lightning.metrics.dynamics import alignment_by_chance
 from svf_lightning.quantities import Quantity
 
 
@@ -59,7 +60,10 @@ def test_against_has_a_log_axis_over_more_than_a_decade(run, values, scale):
 
 
 def test_against_a_metric_has_no_mean(run):
-    (dots,) = against(run, "orthogonality/interference", "alignment/matched").data
+    chance, dots = against(run, "orthogonality/interference", "alignment/matched").data
+    assert chance.name == "alignment of singular vectors, by chance"
+    by_chance = alignment_by_chance(run.sizes["d_model"], run.sizes["rank"], run.sizes["pair"]).matched.mean
+    np.testing.assert_allclose(chance.y, by_chance)
     np.testing.assert_array_equal(dots.x, last(run, "orthogonality/interference"))
     np.testing.assert_array_equal(dots.y, last(run, "alignment/matched"))
 
@@ -96,7 +100,8 @@ def test_across_runs_has_a_log_axis_over_more_than_a_decade(run):
 
 def test_across_runs_keeps_labels_that_are_no_numbers_in_their_order(run):
     figure = across_runs({"b": run, "a": run * 0.5, "3": run}, "kind")
-    mean, dots = figure.data
+    chance, mean, dots = figure.data
+    assert (chance.mode, chance.line.dash) == ("lines", "dash")
     assert figure.layout.xaxis.ticktext == ("b", "a", "3")
     np.testing.assert_allclose(mean.y, last(run, "alignment/matched").mean() * np.array([1, 0.5, 1]))
     assert mean.mode == "markers"  # no line between labels

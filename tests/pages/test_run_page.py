@@ -14,6 +14,7 @@ from svf_lightning import cli
 from svf_lightning.commands.report import report
 from svf_lightning.errors import InputError
 from svf_lightning.figures import FIGURES, draw_all
+from svf_lightning.metrics.dynamics import alignment_by_chance
 from svf_lightning.pages.explorer import frames
 from svf_lightning.pages.run import write_run_page
 from svf_lightning.trajectory import open_trajectory
@@ -204,14 +205,25 @@ def test_curves_over_training_mark_when_the_median_instance_has_changed(tmp_path
     figure = training(open_trajectory(folder))
     moments = json.loads((folder / "summary.json").read_text())["metrics"]
     expected = {name: float(np.median(moments[f"dynamics/t_{name}"]["per_instance"])) for name in ("align", "ortho")}
-    assert [shape.x0 for shape in figure.layout.shapes] == sorted(expected.values())
+    moments = [shape for shape in figure.layout.shapes if shape.line.dash == "dot"]
+    assert [shape.x0 for shape in moments] == sorted(expected.values())
     for name, step in expected.items():
         assert f"t<sub>{name}</sub> {step:,.0f}" in figure.layout.title.subtitle.text
 
 
+def test_curves_over_training_have_lines_at_what_random_vectors_give(tmp_path):
+    dataset = open_trajectory(store(tmp_path, toy(n_instances=3)))
+    lines = [shape.y0 for shape in training(dataset).layout.shapes if shape.line.dash == "dash"]
+    sizes = dataset.sizes
+    chance = alignment_by_chance(sizes["d_model"], sizes["rank"], sizes["pair"]).matched.mean
+    assert lines[0] == pytest.approx(chance)
+    assert lines[1] == pytest.approx(np.sqrt(2 / np.pi / sizes["d_model"]), rel=0.1)  # mean |cosine| in D dimensions
+    assert f"by chance: {chance:.2g}" in [text.text for text in training(dataset).layout.annotations]
+
+
 def test_curves_over_a_training_too_short_for_a_change_have_no_mark_and_say_so(run_dir):
     figure = training(open_trajectory(run_dir))
-    assert len(figure.layout.shapes) == 0
+    assert [shape for shape in figure.layout.shapes if shape.line.dash == "dot"] == []
     for name in ("align", "ortho"):
         assert f"t<sub>{name}</sub> did not happen in any of 3 instances" in figure.layout.title.subtitle.text
 

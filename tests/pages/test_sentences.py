@@ -118,7 +118,8 @@ def test_apart_from_claims_no_sentence_has_a_verb_of_change_and_none_shows_a_num
     page = Page(pages(name)[1])
     text = re.sub(rf"({ALIGN}|{ORTHO}) \(", "(", page.text, flags=re.IGNORECASE)  # counted by the test above
     assert CHANGES.findall(text) == []
-    assert NO_NUMBER.findall(" ".join([*page.words, *page.tables])) == []
+    cells = [cell for cell in page.tables if cell.strip() != "null"]  # the title of a column
+    assert NO_NUMBER.findall(" ".join([*page.words, *cells])) == []
 
 
 def test_a_page_of_a_diverged_run_says_so_and_of_another_does_not(pages):
