@@ -59,13 +59,13 @@ def attended_vs_rest(
         raise bad_value(
             "attended.shape", tuple(attended.shape), f"({gram.shape[-1]},), one entry per feature", "pass N"
         )
-    size = gram.abs()
+    size = gram.abs().double()  # a matrix product adds in another order for one matrix than for many: not to be seen
     a = attended.to(size.dtype)
     r = 1 - a
     to_rest = size @ r
     between = (to_rest @ a) / (a.sum() * r.sum())
     inside = (to_rest @ r - size.diagonal(dim1=-2, dim2=-1) @ r) / (r.sum() * (r.sum() - 1))
-    return between, inside
+    return between.to(gram.dtype), inside.to(gram.dtype)
 
 
 def feature_dimensionality(
