@@ -315,7 +315,7 @@ MODULE_QUANTITIES = {
         Quantity(
             "loss/kl", "attention's divergence", "KL divergence of the head's attention from the target's, mean.",
             unit="nats", low=0, better="lower", source="arXiv 2602.13524, section 3", places=Place.NOWHERE,
-            panel=LOSSES, colour="orange",
+            panel=LOSSES, colour="orange", logged="mean",
         ),
         Quantity("lambda_attn", "weight of the attention loss, λ", symbol="λ", **_COORDINATE),
         Quantity(

@@ -22,6 +22,21 @@ from svf_lightning.zarr_files import METADATA
 I, D, N, R = 3, 7, 11, 5  # noqa: E741
 
 
+def test_a_store_that_an_earlier_version_began_goes_on_without_what_that_had_not_heard_of(tmp_path):
+    new, old = Quantity("new"), Quantity("old")
+    first = Rows(np.array([0, 1]), {"old": (("instance",), np.zeros((2, 3)))}, ("instance",), quantities={"old": old})
+    TrajectoryStore(tmp_path).append(first)
+    more = {"old": (("instance",), np.ones((1, 3))), "new": (("instance",), np.ones((1, 3)))}
+    later = Rows(np.array([2]), more, ("instance",), quantities={"old": old, "new": new})
+    TrajectoryStore(tmp_path).append(later)
+    stored = open_trajectory(tmp_path)
+    assert stored["step"].values.tolist() == [0, 1, 2]
+    assert "new" not in stored
+    known = Rows(np.array([3]), {**more, "other": more["new"]}, ("instance",), quantities={"old": old})
+    with pytest.raises(InputError, match="other quantities"):  # nobody has declared it
+        TrajectoryStore(tmp_path).append(known)
+
+
 def columns(start, stop, seed=0):
     """Columns whose values depend on the step alone, so that any two writers agree."""
     draws = [np.random.default_rng((seed, t)) for t in range(start, stop)]

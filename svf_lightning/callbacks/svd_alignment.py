@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
+from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import (
     align_pairs,
     line_through,
@@ -61,6 +62,23 @@ class SVDAlignment(ProbeMetric):
             symbol="σ_2/σ_1", low=0, high=1, source="Theorem 1", places=Place.TABLE | Place.COMPARISON,
         ),
         Quantity(
+            "spectrum/sigma_ratio_in_span", "the same inside the span of the features",
+            "Of Omega between the features' span alone: with fewer features than dimensions, what lies outside keeps "
+            "its initial noise for ever.", low=0, high=1, logged="no", source="Theorem 1",
+            needs="fewer features than dimensions", places=Place.TABLE,
+        ),
+        Quantity(
+            "spectrum/n_significant_in_span", "significant singular values inside the span of the features",
+            "As spectrum/n_significant, of Omega between the features' span alone.", unit="count", low=0, logged="no",
+            source="method, section 2", needs="fewer features than dimensions", places=Place.TABLE,
+        ),
+        Quantity(
+            "alignment/matched_in_span", "alignment inside the span of the features",
+            "As alignment/matched, with singular vectors of Omega between the features' span alone.", **_COSINE,
+            better="higher", logged="no", source="method, section 2", needs="fewer features than dimensions",
+            places=Place.TABLE,
+        ),
+        Quantity(
             "spectrum/n_significant", "significant singular values",
             "Singular values above a fraction of the largest (5 % by default).",
             unit="count", low=0, source="method, section 2", places=Place.NOWHERE,
@@ -81,7 +99,7 @@ class SVDAlignment(ProbeMetric):
         ),
         Quantity(
             "spectrum/target_intercept", "singular values against target logits, intercept",
-            "Where that line is at a target of 0.", unit="nats", logged="mean", source="Fig. 2b",
+            "Where that line is at a target of 0.", unit="nats", logged="no", source="Fig. 2b",
         ),
         Quantity(
             "alignment/matched", "alignment of singular vectors",
@@ -173,6 +191,23 @@ class SVDAlignment(ProbeMetric):
                 raise bad_value(name, value, "a fraction in [0, 1)", "change the SVDAlignment callback")
         self.relative_gap, self.significant, self.keep_vectors = relative_gap, significant, keep_vectors
 
+    def _in_span(self, probe: Probe, features: Tensor) -> dict[str, Tensor]:
+        """The head between fewer features than there are dimensions; nothing for more, or with biases."""
+        D, N = features.shape[-2:]
+        assert probe.heads is not None
+        if N >= D or probe.heads.has_bias:
+            return {}
+        Q = torch.linalg.qr(features).Q
+        inside = AttentionHeads(probe.heads.W_Q @ Q, probe.heads.W_K @ Q, scale=probe.heads.scale).svd()
+        seen = Q.mT @ features
+        query, key = (seen[..., probe.pairs[:, side]] for side in (0, 1))
+        pairs = align_pairs(signed_cosine_matrix(query, inside.U), signed_cosine_matrix(key, inside.V), inside.S)
+        return {
+            "spectrum/sigma_ratio_in_span": sigma_ratio(inside.S),
+            "spectrum/n_significant_in_span": n_significant(inside.S, self.significant).to(inside.S.dtype),
+            "alignment/matched_in_span": (pairs.left + pairs.right).mean(-1) / 2,
+        }
+
     def measure(self, probe: Probe) -> Measurement:
         """One verified SVD of all heads; nothing without heads."""
         if probe.heads is None:
@@ -225,6 +260,7 @@ class SVDAlignment(ProbeMetric):
             "pair/index": pairs.index.to(torch.int32),
             "pair/logit": logit,
         }
+        measured |= self._in_span(probe, plain)
         if probe.pair_logits is None:  # proxy features of a real model have no target logits
             return measured
         measured["alignment/logit_fidelity"] = logit_fidelity(logit, probe.pair_logits)

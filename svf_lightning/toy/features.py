@@ -17,6 +17,7 @@ from svf_lightning.toy.instances import PerInstance, at_least, check_memory, ins
 
 # numbers of the streams of draws, part of the generator's key
 _TRAIN, _VALIDATE, _TEST, _OBSERVE = 0, 1, 2, 3
+LEAST_PROBABILITY = 2.0**-23  # uniform numbers are multiples of 2^-24 below 1
 _SEARCHED_DRAWS = 256  # for pairs with an attended feature
 
 
@@ -73,6 +74,13 @@ class ToyData(pl.LightningDataModule):
             "feature_probability", feature_probability, n_instances, low=0, high=1, open_low=True,
             key="data.feature_probability",
         )  # fmt: skip
+        if (never := self.feature_probability[self.feature_probability < LEAST_PROBABILITY]).numel():
+            raise bad_value(
+                "feature_probability",
+                f"{never[0].item():g}",
+                f"at least {LEAST_PROBABILITY:g}, below which no float32 is above 1 - p and no feature ever active",
+                "raise --data.feature_probability",
+            )
         if streams not in ("shared", "separate"):
             raise bad_value("streams", streams, "'shared' or 'separate'", "change --data.streams")
         if streams == "shared" and not isinstance(seed, int):

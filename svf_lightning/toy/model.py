@@ -18,6 +18,7 @@ from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Coordinate, Probe
 from svf_lightning.rotary import rotary_angles, rotate
+from svf_lightning.terminal import say
 from svf_lightning.toy.features import ToyData
 from svf_lightning.toy.instances import PerInstance, instance_seeds, per_instance
 from svf_lightning.toy.optimizer import InstanceAdam
@@ -267,7 +268,7 @@ class ToyAttentionModel(pl.LightningModule):
         """Check that trainer and data fit the model, before anything is written.
 
         Raises:
-            InputError: A trainer option that would change what a step means, or a head without keys.
+            InputError: A trainer option that would change what a step means, or a head without keys to choose from.
         """
         if trainer.accumulate_grad_batches != 1:
             raise bad_value(
@@ -280,9 +281,12 @@ class ToyAttentionModel(pl.LightningModule):
             raise bad_value(
                 "trainer.devices", trainer.world_size, "1", "instances already train side by side on one device"
             )
-        if isinstance(data, ToyData) and self.has_head and data.context_length < 1:
+        if isinstance(data, ToyData) and self.has_head and data.context_length < 2:
             raise bad_value(
-                "context_length", data.context_length, "at least 1 with a head", "change --data.context_length"
+                "context_length",
+                data.context_length,
+                "at least 2 with a head, as over a single key every head has the same attention",
+                "change --data.context_length",
             )
         if isinstance(data, ToyData) and self.options.rope and data.context_length != self.options.context_length:
             raise bad_value(
@@ -291,6 +295,8 @@ class ToyAttentionModel(pl.LightningModule):
                 f"{data.context_length}, as in the data",
                 "give both alike",
             )
+        if stage == "fit" and (line := self._unmatchable()):
+            say(line)
         if self.options.lr_schedule != "constant" and stage == "fit" and trainer.max_steps < 1:
             raise bad_value(
                 "trainer.max_steps",
@@ -400,6 +406,20 @@ class ToyAttentionModel(pl.LightningModule):
         factor = (gradient_clip_val / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)
         for g in grads:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    def _unmatchable(self) -> str:
+        """A line for a template whose pairs cannot have a singular pair each; empty if they can."""
+        n_pairs = len(self.template.pairs)
+        if n_pairs < 2:
+            return ""
+        ranks = torch.linalg.matrix_rank(self.template.matrix().double())
+        most = min(int(ranks.min()), self.d_model, self.n_heads * self.d_head)
+        if most >= n_pairs:
+            return ""
+        return (
+            f"svf-lightning: {n_pairs} target pairs, and no more than {most} singular pairs for them: matched one to "
+            "one, alignment/matched cannot reach 1 (PairSharing tells which pairs share one)"
+        )
 
     # ---- held-out evaluation ---------------------------------------------------------------------------------------
 

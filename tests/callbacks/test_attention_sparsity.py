@@ -1,5 +1,7 @@
 """AttentionSparsity against dense decompositions: in the toy model, in a module of a user, and over prompts."""
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -124,6 +126,43 @@ def test_task_heads_are_those_with_most_attention_and_statistics_are_theirs():
     differences = torch.cat([p.scores.logit_difference for p in shown])
     assert float(found["sad/accuracy"]) == pytest.approx(float((differences > 0).float().mean()))
     assert callback.measure(Probe(4, batch_dims=("layer", "head"))) == {}  # the next step begins with nothing
+
+
+def test_what_intervals_are_made_of_adds_up_to_what_is_shown():
+    callback = AttentionSparsity(n_draws=2, n_task_heads=2, attending=0.6)
+    shown = list(parts(3))
+    n = sum(probe.scores.attention.shape[-1] for probe in shown)
+    templates = torch.tensor([i % 4 if i % 5 else -1 for i in range(n)])  # every fifth prompt is its own
+    for probe in shown:
+        callback.observe(probe)
+    probe = replace(Probe.stack(shown[:1]), coords={"prompt_template": (("prompt",), templates)})
+    found = {name: value[0] for name, value in callback.measure(probe).items()}
+    counts = found["attending/count"]
+    assert counts.shape == (2, 3)
+    assert counts.sum() == found["sad/attending/count"]
+    for name in ("sparseness", "sparseness_shared_rotation", "sparseness_permuted_pairing"):
+        of_heads = found[f"attending/{name}"]
+        assert of_heads.isnan().equal(counts == 0)
+        mean = (of_heads.nan_to_num() * counts).sum() / counts.sum()
+        torch.testing.assert_close(mean, found[f"sad/attending/{name}"])
+        of_templates = found[f"template/{name}"]
+        alone = templates < 0
+        sizes = torch.tensor([*((templates == t).sum() for t in range(4)), *[1] * int(alone.sum())])
+        torch.testing.assert_close((of_templates * sizes).sum() / n, found[f"sad/task/{name}"])
+    differences = torch.cat([p.scores.logit_difference for p in shown])
+    torch.testing.assert_close(found["template/accuracy"][2], (differences[templates == 2] > 0).float().mean())
+    controls = ("shared_rotation", "independent_rotation", "permuted_pairing")
+    strongest = torch.stack([found[f"sad/sparseness_{name}"] for name in controls]).amin(0)
+    torch.testing.assert_close(found["sad/sparseness_strongest_control"], strongest)
+
+
+def test_prompts_without_templates_are_a_template_each():
+    callback = AttentionSparsity(n_draws=2)
+    shown = list(parts(2))
+    for probe in shown:
+        callback.observe(probe)
+    found = callback.measure(Probe.stack(shown[:1]))
+    assert found["template/accuracy"].shape == (1, sum(p.scores.attention.shape[-1] for p in shown))
 
 
 def test_values_of_single_pairs_are_kept_unless_told_otherwise():

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from svf_lightning.callbacks import Capture, FeatureOrthogonality, SVDAlignment, TrajectoryWriter
 from svf_lightning.errors import InputError
 from svf_lightning.heads import AttentionHeads
+from svf_lightning.metrics.dynamics import alignment_by_chance
 from svf_lightning.probe import Probe
 from svf_lightning.toy import ToyAttentionModel
 from svf_lightning.trajectory import open_trajectory
@@ -99,6 +100,62 @@ def test_the_subspace_is_spanned_by_the_vectors_of_near_equal_singular_values(ga
                 projection = vectors[:, near] @ vectors[:, near].T @ unit[:, feature]
                 lengths.append((side, np.linalg.norm(projection)))
         assert found["alignment/subspace"][i].item() == pytest.approx(np.mean([x for _, x in lengths]))
+
+
+def test_scores_of_pairs_are_those_of_the_dense_head():
+    """Angle, sine, sign and partner, and the line through singular values and target logits."""
+    model = several_pairs()
+    found = measured(SVDAlignment(relative_gap=0.0), model)
+    for i in range(3):
+        unit, U, S, V = decomposed(model, i)
+        at = found["pair/index"][i].tolist()
+        left, right = (
+            np.array([unit[:, p + 4 * side] @ v[:, k] for p, k in enumerate(at)]) for side, v in ((0, U), (1, V))
+        )
+        both = np.abs([left, right])
+        assert found["alignment/angle"][i].item() == pytest.approx(np.degrees(np.arccos(both)).mean())
+        assert found["alignment/sine"][i].item() == pytest.approx(np.sin(np.arccos(both)).mean())
+        assert found["alignment/paired"][i].item() == pytest.approx((left * right).mean())
+        assert found["alignment/paired_min"][i].item() == pytest.approx((left * right).min())
+        chance = alignment_by_chance(7, 7, 4).matched.mean
+        assert found["alignment/above_chance"][i].item() == pytest.approx((both.mean() - chance) / (1 - chance))
+        slope, intercept = np.polyfit(model.template.logits[i].numpy(), S[at], 1)
+        assert found["spectrum/target_slope"][i].item() == pytest.approx(slope)
+        assert found["spectrum/target_intercept"][i].item() == pytest.approx(intercept)
+
+
+@pytest.mark.parametrize("target", [5.0, -5.0])
+def test_a_head_that_gives_the_target_logit_scores_1_whatever_its_sign_and_one_of_the_other_sign_does_not(target):
+    settings = {"template": "single", "target_logit": target, "init_features": "orthonormal", "init_feature_norm": 1.0}
+    model = ToyAttentionModel(n_features=6, d_model=6, n_instances=1, init_head="aligned", **settings).double()
+    found = measured(SVDAlignment(), model)
+    assert found["alignment/paired"].item() == pytest.approx(1)
+    assert found["alignment/served"].item() == 1
+    with torch.no_grad():
+        model.W_Q.neg_()
+    other = measured(SVDAlignment(), model)
+    assert other["alignment/matched"].item() == pytest.approx(1)  # blind to it
+    assert other["alignment/paired"].item() == pytest.approx(-1)
+    assert other["alignment/served"].item() == 0
+
+
+def test_with_fewer_features_than_dimensions_the_noise_outside_their_span_is_left_out():
+    settings = {"n_features": 4, "d_model": 9, "n_instances": 2, "init_features": "orthonormal", "init_head": "aligned"}
+    model = ToyAttentionModel(**settings).double()
+    noise = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        W = model.W
+        outside = torch.eye(9, dtype=torch.float64) - W @ torch.linalg.pinv(W)
+        model.W_K.add_(noise @ outside)  # no feature sees it
+    found = measured(SVDAlignment(), model)
+    for i in range(2):
+        Q = np.linalg.qr(model.W[i].detach().numpy())[0]
+        S = np.linalg.svd(Q.T @ (model.W_Q[i].T @ model.W_K[i]).detach().numpy() @ Q)[1]
+        assert found["spectrum/sigma_ratio_in_span"][i].item() == pytest.approx(S[1] / S[0], abs=1e-9)
+        assert found["spectrum/n_significant_in_span"][i].item() == 1
+        assert found["alignment/matched_in_span"][i].item() == pytest.approx(1)
+    assert (found["alignment/matched"] < 0.99).all()
+    assert "alignment/matched_in_span" not in measured(SVDAlignment(), several_pairs())
 
 
 @pytest.mark.parametrize("significant", [0.0, 0.05, 0.5])

@@ -13,6 +13,7 @@ from svf_lightning.errors import InputError
 from svf_lightning.metrics import (
     align_pairs,
     cosine_matrix,
+    line_through,
     logit_fidelity,
     match_pairs,
     share_served,
@@ -405,6 +406,15 @@ def test_other_scores_do_not_depend_on_the_signs_of_the_cosines(seed):
     for name in ("index", *SCORES):
         torch.testing.assert_close(getattr(signed, name), getattr(absolute, name))
     assert (signed.paired.abs() <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_line_through_points_is_numpys(seed):
+    x, y = randn(2, 6, seed=seed), randn(2, 6, seed=seed + 9)
+    slope, intercept = line_through(x, y)
+    for i in range(2):
+        np.testing.assert_allclose((slope[i], intercept[i]), np.polyfit(x[i], y[i], 1))
+    assert line_through(torch.ones(3), torch.arange(3.0))[0].isnan()
 
 
 def test_a_pair_is_served_from_half_of_its_target_on_whatever_the_sign():

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import attended_vs_rest, feature_dimensionality, gram, interference, unit_features
+from svf_lightning.metrics import (
+    attended_vs_rest,
+    degrees_from_orthogonal,
+    feature_dimensionality,
+    gram,
+    interference,
+    share_in_span,
+    unit_features,
+)
 
 SHAPES = [(13, 5), (7, 7), (3, 11)]  # (D, N): N < D, N = D, N > D
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -330,3 +338,39 @@ def test_results_stay_on_their_device_and_agree_with_the_cpu(function, shape, de
     got = function(w.to(device))
     assert got.device.type == device
     torch.testing.assert_close(got.cpu().double(), function(w.double()), rtol=0, atol=2e-5)
+
+
+# --- in the span of others
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (7, 3), (4, 6)])
+def test_the_share_in_a_span_is_the_length_of_the_least_squares_projection(n, k):
+    rng = np.random.default_rng(n)
+    vectors, span = rng.normal(size=(2, 9, n)), rng.normal(size=(2, 9, k))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    projected = np.stack([s @ np.linalg.lstsq(s, v, rcond=None)[0] for s, v in zip(span, unit, strict=True)])
+    found = share_in_span(torch.from_numpy(vectors), torch.from_numpy(span))
+    np.testing.assert_allclose(found, np.linalg.norm(projected, axis=1), atol=1e-12)
+
+
+def test_vectors_that_depend_on_each_other_span_fewer_dimensions():
+    e = torch.eye(4, dtype=torch.float64)
+    twice = torch.stack([e[0], -2 * e[0], e[0]], 1)
+    torch.testing.assert_close(share_in_span(e, twice), torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+    assert share_in_span(e, torch.full((4, 2), torch.nan).double()).isnan().all()
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1.0, 30.0, 90.0])
+def test_the_angle_from_a_right_one(degrees):
+    cosine = torch.tensor([np.sin(np.radians(degrees)), -np.sin(np.radians(degrees))])
+    np.testing.assert_allclose(degrees_from_orthogonal(cosine), degrees, atol=1e-6)
+
+
+def test_overlaps_do_not_depend_on_how_many_are_measured_together():
+    X = torch.randn(64, 2, 10, 20, generator=torch.Generator().manual_seed(0))
+    attended = torch.arange(20) < 2
+    together = attended_vs_rest(gram(X), attended)
+    for n in (1, 3, 4):
+        alone = [attended_vs_rest(gram(part), attended) for part in X.split(n)]
+        for side in (0, 1):
+            assert torch.equal(torch.cat([one[side] for one in alone]), together[side])

@@ -4,6 +4,7 @@ import torch
 
 from svf_lightning.errors import InputError
 from svf_lightning.toy import ToyData, sparse_activations
+from svf_lightning.toy.features import LEAST_PROBABILITY
 
 
 def data(**options):
@@ -93,6 +94,15 @@ def test_a_probability_outside_its_range_or_number_is_refused(p):
 def test_other_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         data(**options)
+
+
+def test_a_probability_at_which_nothing_ever_happens_is_refused_with_the_limit():
+    u = torch.tensor([1 - 2.0**-24])  # the largest number that is drawn
+    assert sparse_activations(u, LEAST_PROBABILITY).item() > 0
+    assert sparse_activations(u, LEAST_PROBABILITY / 2).item() == 0
+    assert data(feature_probability=LEAST_PROBABILITY).n_draws == 1
+    with pytest.raises(InputError, match=r"feature_probability.*at least 1\.19.*e-07"):
+        data(feature_probability=LEAST_PROBABILITY / 2)
 
 
 def test_attended_pairs_are_those_whose_key_carries_the_attended_feature():

@@ -53,6 +53,26 @@ def test_losses_are_those_of_the_formulas(streams):
         np.testing.assert_allclose(found[f"loss/{name}"].detach(), expected, rtol=2e-5)
 
 
+def test_the_divergence_is_the_attention_loss_without_the_entropy_of_its_target():
+    model = small(template="linear", n_pairs=3, target_logit=[2.0, 4.0, 6.0])
+    f = draw(feature_probability=0.5, streams="separate")
+    found = model.losses(f)
+    target, logits = model.target_logits(f).double(), model(f)[1].detach().double()
+    kl = torch.nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True)
+    torch.testing.assert_close(found["loss/kl"].double(), kl.sum(-1).mean(-1), rtol=1e-4, atol=1e-6)
+    assert (found["loss/kl"] < found["loss/attn"]).all()
+    with torch.no_grad():  # the head that gives every logit its target
+        X = torch.eye(N, dtype=torch.float32)
+        exact = ToyAttentionModel(
+            n_features=N, d_model=N, d_head=N, n_instances=1, template="single", init_head="optimal"
+        )
+        exact.W.copy_(X)
+        T = exact.template.matrix()
+        exact.W_Q.copy_(torch.eye(N))
+        exact.W_K.copy_(T)
+    assert exact.losses(draw(n_instances=1))["loss/kl"].item() == pytest.approx(0, abs=1e-6)
+
+
 def test_weights_per_feature_equal_the_decay_that_gives_them():
     rows = [[0.9**k for k in range(N)]]
     f = draw()
@@ -150,6 +170,17 @@ def test_adamw_decays_weights_and_adam_does_not(tmp_path):
     assert decayed.norm() < adamw.norm()
 
 
+@pytest.mark.parametrize(("options", "most"), [
+    ({"template": "many_to_one", "n_pairs": 4}, 1), ({"template": "linear", "n_pairs": 4, "d_head": 2}, 2),
+    ({"template": "linear", "n_pairs": 3}, None), ({"template": "single"}, None),
+])  # fmt: skip
+def test_a_template_whose_pairs_cannot_have_a_singular_pair_each_gets_a_line(tmp_path, capsys, options, most):
+    train(tmp_path, steps=1, callbacks=[], model=options)
+    said = [line for line in capsys.readouterr().err.splitlines() if "target pairs" in line]
+    assert len(said) == (most is not None)
+    assert most is None or f"no more than {most} singular pairs" in said[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -178,6 +209,7 @@ def test_settings_that_cannot_be_are_refused_with_the_fix(options, message):
     [
         ({"trainer": {"accumulate_grad_batches": 2}}, "accumulate_grad_batches=2.*batch_size"),
         ({"data": {"context_length": 0}}, "context_length=0"),
+        ({"data": {"context_length": 1}}, "context_length=1.*at least 2 with a head"),
     ],
 )
 def test_a_trainer_or_data_that_do_not_fit_are_refused(tmp_path, options, message):

@@ -34,6 +34,18 @@ def test_a_cone_of_strength_zero_is_the_tight_frame():
     assert torch.equal(features("cone"), features("tight_frame"))
 
 
+@pytest.mark.parametrize(("n_features", "d_model"), [(40, 20), (100, 50), (128, 64)])
+def test_the_axis_of_a_cone_has_nothing_to_do_with_the_head(n_features, d_model):
+    cosines = []
+    for seed in range(8):
+        sizes = {"n_features": n_features, "d_model": d_model, "n_instances": 1, "seed": seed}
+        model = ToyAttentionModel(init_features="cone", cone_strength=50.0, **sizes)  # every feature is the axis
+        axis = model.W[0].mean(-1)
+        rows = torch.cat([model.W_Q[0], model.W_K[0]])
+        cosines.append((rows @ axis / rows.norm(dim=1) / axis.norm()).abs().max().item())
+    assert max(cosines) < 5 / d_model**0.5  # the largest of 2D random ones, in eight draws
+
+
 def test_a_stronger_cone_interferes_more_and_keeps_unit_columns():
     W = features("cone", seeds=(3,) * 5, strength=[0.0, 0.2, 0.5, 1.0, 3.0])
     assert (interference(W).diff() > 0).all()
