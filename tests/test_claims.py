@@ -84,6 +84,18 @@ def test_a_null_that_is_a_metric_is_compared_instance_by_instance():
     assert (found.null.name, found.null.value) == ("b", pytest.approx(3.7))
 
 
+def test_a_difference_may_be_too_small_to_count():
+    options = {"relation": "<", "against": "b", "by": 0.05}
+    verdicts = []
+    for difference in (0.5, 0.05, 0.001, -0.5):
+        last = {"a": np.zeros(8), "b": spread(difference, width=0.01)}
+        verdicts.append(judged(options, last).verdict)
+    assert verdicts == ["yes", "open", "no", "no"]
+    small = judged(options, {"a": np.zeros(8), "b": spread(0.001, width=0.0001)})
+    assert small.why == "the difference is smaller than 0.05, interval and all"
+    assert small.needed == "mean < b by 0.05 or more"
+
+
 def test_the_start_of_the_run_is_a_null():
     found = judged({"relation": ">", "against": "start"}, {"a": spread(1.0)}, {"a": spread(0.2)})
     assert (found.verdict, found.null.name, found.null.value) == ("yes", "start", pytest.approx(0.2))
@@ -217,6 +229,8 @@ def test_a_claim_about_a_crossing_has_its_interval():
     {"threshold": 1.0, "goal": 1.0},
     {"threshold": 1.0, "share": 1.5},
     {"against": "start", "share": 1.0},
+    {"against": "start", "by": -1.0},
+    {"threshold": 1.0, "by": 0.1},
     {"threshold": 1.0, "along": "b"},
     {"threshold": 1.0, "along": "b", "crosses": 1.0, "against": "start"},
     {"threshold": 1.0, "within": "median"},

@@ -54,6 +54,7 @@ class Claim:
         other: A second metric, compared unit by unit.
         against: The null, where the claim must not hold: "start" (the same run's first row: untrained weights),
             "chance" (random vectors, for a metric that has a level), another metric (a control), or a number.
+        by: Smallest difference from the null that counts, >= 0; for a claim without a threshold.
         goal: What theory says of the metric, for a threshold that is halfway to it.
         of: "last": values of the last captured step; "change": those minus the values of the first captured step.
         among: Which units it is about, as conditions on their metrics: "orthogonality/interference >= 10 and
@@ -76,6 +77,7 @@ class Claim:
     over: Literal["mean", "min", "max"] = "mean"
     other: str | None = None
     against: float | str | None = None
+    by: float = 0.0
     goal: float | None = None
     of: Literal["last", "change"] = "last"
     among: str | None = None
@@ -108,6 +110,8 @@ class Claim:
             refuse("share" if self.share is not None else "threshold", "a share in [0, 1]")
         if needed is not None and self.threshold is None and self.other is None:
             refuse("share", "with a threshold or another metric")
+        if self.by < 0 or (self.by and (self.threshold is not None or self.other is not None)):
+            refuse("by", "a difference >= 0, and 0 with a threshold or another metric")
         if (self.along is None) != (self.crosses is None):
             refuse("crosses", "a number with along, null without")
         if self.along is not None and (self.other is not None or self.share is not None or self.against is not None):
@@ -321,7 +325,8 @@ class _Sample:
             threshold = share if claim.other else threshold
         else:
             against = self.null_name if claim.threshold is None else _number(threshold)
-            needed = f"{over}{change} {claim.relation} {against}"
+            by = f" by {claim.by:g} or more" if claim.by else ""
+            needed = f"{over}{change} {claim.relation} {against}{by}"
             rule = f"{needed}: {what} over {unit}s{where}"
         return Verdict(claim.claim, claim.figure, None, _finite(threshold), None, rule, needed)
 
@@ -457,12 +462,14 @@ class _Sample:
             )
         if found.effect.interval is None:
             return "open", f"one {unit} gives no interval"
-        low, high = found.effect.interval
-        if (low > 0) if up else (high < 0):
+        low, high = found.effect.interval if up else (-found.effect.interval[1], -found.effect.interval[0])
+        if low > claim.by:
             return "yes", "beyond the null, interval and all"
-        if claim.threshold is None and ((high < 0) if up else (low > 0)):
+        if claim.threshold is None and high < 0:
             return "no", "beyond the null, on the other side"
-        return "open", "the interval of the difference from the null contains 0"
+        if claim.threshold is None and high < claim.by:
+            return "no", f"the difference is smaller than {claim.by:g}, interval and all"
+        return "open", f"the interval of the difference from the null contains {claim.by:g}"
 
     def _of_shares(self, share: Share, needed: float) -> tuple[Answer, str]:
         counted = f"{round(share.value * self.n)} of {self.n} {self.evidence.unit}s"
