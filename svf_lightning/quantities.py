@@ -89,6 +89,7 @@ class Quantity:
         dims: Its own dimensions, after those of the probe.
         better: Which way is better; None where neither is.
         needs: What a run must have for it to be measured, beside its callback.
+        gaps: It is NaN where there is nothing to measure, such as for a head that attends to nothing.
         places: Where it is shown.
         logged: What W&B gets of it: the mean over instances or heads with the smallest and the largest ("extremes"),
             the mean alone ("mean"), or nothing ("no": a detail, which tables leave out, too).
@@ -116,6 +117,7 @@ class Quantity:
     dims: tuple[str, ...] = ()
     better: Literal["higher", "lower"] | None = None
     needs: str = ""
+    gaps: bool = False
     places: Place = Place.TABLE | Place.SLIDER
     logged: Literal["extremes", "mean", "no"] = "extremes"
     column: str = ""

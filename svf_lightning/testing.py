@@ -209,8 +209,11 @@ def _check_values(name: str, values: Mapping[str, Tensor], probe: Probe, declare
         for dim, size in zip(expected, value.shape, strict=True):
             known = 1 if dim == "step" else sizes.setdefault(dim, size)
             assert size == known, f"{name}: dimension {dim!r} of {key!r} has size {size}, and elsewhere it has {known}."
-        finite = not value.is_floating_point() or bool(torch.isfinite(value).all())
-        assert finite, f"{name}: {key!r} is not finite for a probe whose numbers all are."
+        finite = not value.is_floating_point() or declared[key].gaps or bool(torch.isfinite(value).all())
+        assert finite, (
+            f"{name}: {key!r} is not finite for a probe whose numbers all are. Fix: make it so, or declare it with "
+            "gaps=True if there may be nothing to measure."
+        )
 
 
 def _batch_shape(probe: Probe) -> tuple[int, ...]:

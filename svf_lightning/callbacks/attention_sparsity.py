@@ -148,14 +148,15 @@ class AttentionSparsity(ProbeMetric):
         *_ATTENDING,
         *(
             Quantity(f"attending/{name}", f"{label}, of a head", "Mean over the pairs that attend; none: no number.",
-                     unit=unit, low=0, logged="no", places=Place.NOWHERE, needs="a language model (replay)")
+                     unit=unit, low=0, logged="no", places=Place.NOWHERE, needs="a language model (replay)", gaps=True)
             for name, label, unit in _SAMPLED
         ),
         Quantity("attending/count", "pairs that attend, of a head", unit="count", low=0, logged="no",
                  places=Place.NOWHERE, needs="a language model (replay)"),
         *(
             Quantity(f"template/{name}", f"{label}, of a template", "Mean over its prompts and the task's heads.",
-                     unit=unit, low=0, dims=("template",), places=Place.NOWHERE, needs="a language model (replay)")
+                     unit=unit, low=0, dims=("template",), places=Place.NOWHERE, needs="a language model (replay)",
+                     gaps=True)
             for name, label, unit in (*_SAMPLED, ("accuracy", "accuracy", "share"))
         ),
         Quantity("sad/attending/count", "(pair, head) that attend", "With at least half of the attention on the key.",

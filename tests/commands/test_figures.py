@@ -107,8 +107,9 @@ def test_runs_of_a_folder_are_compared_by_their_names(typed, tmp_path, saved):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [str(out)]
     figure, _ = saved[out]
-    mean, dots = figure.data
+    mean, chance, dots = figure.data
     np.testing.assert_array_equal(mean.x, [9, 11])
+    np.testing.assert_array_equal(chance.x, [9, 11])
     np.testing.assert_array_equal(dots.y, np.concatenate([last(run, "alignment/matched") for run in runs.values()]))
     assert figure.layout.xaxis.title.text == "n_features"
     assert typed("figures", sizes, out, "alignment/left", "alignment/right", "--across").returncode == 0

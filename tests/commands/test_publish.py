@@ -69,7 +69,13 @@ def test_the_published_run_is_the_live_run_and_has_the_claims(finished, run_dir,
     assert found.history == live.history  # names, values to the last bit, order
     assert found.exit_code == live.exit_code == 0
     claims = json.loads((run_dir / "summary.json").read_text())["claims"]
-    assert table_of(run_dir, "claims") == claims
+    table = table_of(run_dir, "claims")
+    for name in ("claim", "figure", "verdict", "measured", "needed", "holds", "threshold", "rule", "n", "why"):
+        assert [row[name] for row in table] == [claim[name] for claim in claims]
+    nulls = [(row["null"], row["null_value"]) for row in table]
+    assert nulls == [tuple((claim["null"] or {"name": None, "value": None}).values()) for claim in claims]
+    ends = [[row["low"], row["high"]] for row in table]
+    assert ends == [claim["interval"] or [None, None] for claim in claims]
     assert len({name for row in live.history for name in row}) <= 100
     assert found.summary.keys() == live.summary.keys()
     for name, value in live.summary.items():
@@ -275,7 +281,7 @@ def test_online_only_what_is_missing_is_sent(finished, run_dir, monkeypatch, cap
     np.testing.assert_equal(new.sent[:-1], live[:-1])
     assert new.sent[-1].keys() == live[-1].keys()
     assert new.config["trainer.max_steps"] == STEPS
-    assert len(new.sent[-1]["tables/claims"].data) == 7
+    assert len(new.sent[-1]["tables/claims"].data) == 13
     # the connection broke after a few rows, and in between
     part = online(monkeypatch, run_dir, history=[live[0], live[1], live[3]])
     np.testing.assert_equal(part.sent[:-1], [live[2], *live[4:-1]])
