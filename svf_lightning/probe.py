@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 _OBSERVED = ("features", "queries", "keys", "attended_queries", "attended_keys")  # the probe's own tensors
 
 Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
+Side = Literal["query", "key"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,48 @@ class Outcome(NamedTuple):
 
     attention: Float[Tensor, "... n"]  # weight of each head on the key, in [0, 1]
     logit_difference: Float[Tensor, " n"]  # next-token logit of the right answer minus that of the wrong one
+    divergence: Float[Tensor, " n"] | None = None  # KL of the next token's distribution from the untouched one [nats]
+
+
+class Move(NamedTuple):
+    """A change of what one head reads, along given directions of the residual stream.
+
+    Of the head's query at the query's token (``side="query"``), or of its keys at every token that this query sees
+    (``side="key"``). With W the directions and x what is read, ``W^T x`` becomes ``factor * W^T x``, or what it is in
+    another prompt (``source``); the rest of x stays.
+    """
+
+    head: int  # its number among the flattened heads
+    side: Side
+    directions: Float[Tensor, "n D m"]  # orthonormal columns for each of n pairs; D counts the bias coordinate
+    factor: float | Float[Tensor, " n"] = 0.0  # 0 takes them out, 2 doubles them
+    source: str = ""  # one of Interventions.sources; empty for the prompt itself
+    as_far_as: Float[Tensor, "n D k"] | None = None  # x moves as far as it would along these directions
+
+
+class Interventions(Protocol):
+    """A module that can be run again on n query-key pairs with other inputs of some heads."""
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """Names of what every pair has a counterpart in, such as "abc": the same prompt with other names."""
+        ...
+
+    def singular_vectors(self, head: int, side: Side) -> Float[Tensor, "n D R"]:
+        """Left (query) or right (key) singular vectors of a head, in the basis of each pair's offset."""
+        ...
+
+    def residual_draws(self, head: int, n_draws: int, generator: torch.Generator) -> Float[Tensor, "n D n_draws"]:
+        """Directions drawn with the covariance of what the head reads; orthonormal columns for each pair."""
+        ...
+
+    def run(self, moves: Sequence[Move]) -> Outcome:
+        """Run the module with these moves; with none of them, as it is.
+
+        Raises:
+            InputError: An unknown source.
+        """
+        ...
 
 
 Intervene = Callable[[Float[Tensor, "... n"]], Outcome]
@@ -106,6 +149,7 @@ class Probe:
             the softmax (optional).
         decompose: Takes the scores of all keys apart, for some of these pairs by their number; more than a probe
             carries, so callbacks ask for a few (optional).
+        interventions: Runs the module on these pairs again with other inputs of some heads (optional).
         part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
@@ -130,6 +174,7 @@ class Probe:
     scores: AttendedScores | None = None
     intervene: Intervene | None = None
     decompose: Decompose | None = None
+    interventions: Interventions | None = None
     part: tuple[int, int] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
     feature_dims: tuple[str, ...] | None = None
@@ -252,6 +297,7 @@ class Probe:
             scores=None,
             intervene=None,
             decompose=None,
+            interventions=None,
             batch_dims=("step", *first.batch_dims),
             feature_dims=("step", *(first.feature_dims or ())),
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svf_lightning.errors import CheckpointError, InputError, bad_value
 from svf_lightning.heads import AttentionHeads, HeadSVD, bridge_attentions, verified_qr, verified_svd
-from svf_lightning.probe import AttendedScores
+from svf_lightning.probe import AttendedScores, Side
 from svf_lightning.rotary import Layout, rotate
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 _KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
 _ORTHONORMAL = 1e-9  # largest deviation of Q from orthonormal, in float64; Q is used in float32
-_CAPPED = 1 - 1e-6  # a score at its cap would be infinite before the cap
 # How far rebuilt scores may be from the model's own: this much of the largest score of a head, and 8 rounding errors of
 # the scores' type at least (0.008 in float16, 0.06 in bfloat16). Those of right models were measured to be off by 0.7
 # to 1.7 rounding errors in these two, and by 2 to 5 in float32.
@@ -232,49 +231,21 @@ class HeadSpace:
         seen = [(distance >= 0) & (distance < (n if window is None else window)) for window in self._windows]
         return torch.stack(seen)
 
-    @torch.inference_mode()
-    def rerun(
-        self,
-        tokens: Int[Tensor, "batch n"],
-        query: Int[Tensor, "batch"],
-        key: Int[Tensor, "batch"],
-        removed: Float[Tensor, "layer head batch"],
-    ) -> tuple[Float[Tensor, "batch vocabulary"], Float[Tensor, "layer head batch"]]:
-        """Run the model with an amount taken off each head's score of the key, before a soft cap and the softmax.
+    def weights(self, layer: int, head: int, side: Side) -> Float[Tensor, "H D"]:
+        """What makes a head's queries or keys of what it reads; the bias is a last column, if heads have biases."""
+        W, b = (self.heads.W_Q, self.heads.b_Q) if side == "query" else (self.heads.W_K, self.heads.b_K)
+        if not self.heads.has_bias:
+            return W[layer, head]
+        column = W.new_zeros(self.d_head) if b is None else b[layer, head]
+        return torch.cat([W[layer, head], column[:, None]], dim=-1)
 
-        Args:
-            tokens: As in :meth:`observe`.
-            query: Positions of the queries.
-            key: Positions of the keys.
-            removed: What is taken off; 0 leaves a head alone.
-
-        Returns:
-            Next-token logits at the queries, and each head's attention weight on the key.
-        """
-        batch = torch.arange(len(tokens), device=tokens.device)
-        weights: list[Tensor] = []
-
-        def change(layer: int) -> Any:
-            def hook(scores: Tensor, hook: Any) -> Tensor:
-                score, off, cap = scores[batch, :, query, key], removed[layer].T.to(scores), self._caps[layer]
-                if cap is None:
-                    changed = score - off
-                else:
-                    changed = cap * torch.tanh(torch.atanh((score / cap).clamp(-_CAPPED, _CAPPED)) - off / cap)
-                scores = scores.clone()
-                scores[batch, :, query, key] = torch.where(off == 0, score, changed)
-                return scores
-
-            return hook
-
-        def keep(pattern: Tensor, hook: Any) -> None:
-            weights.append(pattern[batch, :, query, key])
-
-        hooks: Hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(self.n_layers)]
-        changing = removed.flatten(1).any(1).nonzero().flatten().tolist()
-        hooks += [(f"blocks.{layer}.attn.hook_attn_scores", change(layer)) for layer in changing]
-        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-        return logits[batch, query], torch.stack(weights).transpose(1, 2)
+    def outside(self, layer: int, head: int, side: Side, inside: Float[Tensor, "H R"]) -> Float[Tensor, "D R"]:
+        """Vectors of the residual stream from their coordinates in the head's orthonormal basis (Q_q or Q_k)."""
+        if side == "query":
+            return self._Q_q[layer, head] @ inside.to(self._Q_q)
+        rows = self._to_key[layer, head // self._repeats].mT @ inside.double()
+        vectors: Tensor = self.weights(layer, head, side).mT @ rows.to(self._Q_q)
+        return vectors
 
     # ---- decomposition ---------------------------------------------------------------------------------------------
 

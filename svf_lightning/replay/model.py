@@ -17,11 +17,12 @@ from torch import Tensor
 from svf_lightning import __version__
 from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line
 from svf_lightning.files import write_json
-from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Intervene, Outcome, Probe
+from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Probe
 from svf_lightning.replay.bridge import Processing, check_folded, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
 from svf_lightning.replay.decompose import HeadSpace
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
+from svf_lightning.replay.intervention import PromptInterventions
 from svf_lightning.replay.model_files import hash_and_fingerprint
 from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, check_prompts_fit
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
@@ -282,9 +283,7 @@ class CheckpointReplay(pl.LightningModule):
         if scores.error is not None:
             current.score_error = max(current.score_error, float(scores.error.max()))
 
-        def intervene(removed: Tensor) -> Outcome:
-            logits, attention = current.space.rerun(prompts.tokens, prompts.query, prompts.key, removed)
-            return Outcome(attention.float(), (logits[at, prompts.correct] - logits[at, prompts.wrong]).float())
+        again = PromptInterventions(current.space, observed, prompts)
 
         def decompose(chosen: Tensor) -> AllKeys:
             some = observed.of_prompts(chosen)
@@ -292,7 +291,7 @@ class CheckpointReplay(pl.LightningModule):
             contributions, _ = current.space.decompose(some, key)
             return AllKeys(contributions, some.pattern.float(), some.is_key[:, None], some.query, key)
 
-        return self._make_probe(current, scores, intervene, decompose, batch.part)
+        return self._make_probe(current, scores, again, decompose, batch.part)
 
     def _fail(self, ref: CheckpointRef, error: Exception) -> None:
         """Write down that a checkpoint failed; the others go on."""
@@ -321,7 +320,7 @@ class CheckpointReplay(pl.LightningModule):
         self,
         current: _Replayed,
         scores: AttendedScores,
-        intervene: Intervene,
+        again: PromptInterventions,
         decompose: Decompose,
         part: tuple[int, int],
     ) -> Probe:
@@ -342,7 +341,8 @@ class CheckpointReplay(pl.LightningModule):
             features=current.features,
             **({} if self._pairs is None else {"pairs": self._pairs.to(self.device)}),
             scores=scores,
-            intervene=intervene,
+            intervene=again.take_off,
+            interventions=again,
             decompose=decompose,
             part=part,
             batch_dims=("layer", "head"),
