@@ -112,8 +112,8 @@ class Interventions(Protocol):
         """Directions drawn with the covariance of what the head reads; orthonormal columns for each pair."""
         ...
 
-    def run(self, moves: Sequence[Move]) -> Outcome:
-        """Run the module with these moves; with none of them, as it is.
+    def run_each(self, variants: Sequence[Sequence[Move]]) -> Sequence[Outcome]:
+        """Run the module once for each of some lists of moves; with an empty one, as it is.
 
         Raises:
             InputError: An unknown source.

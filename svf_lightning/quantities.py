@@ -53,7 +53,8 @@ TASK_SPARSENESS = Panel("Sparseness of the task's heads", "S(v)", _REPLAY)
 TASK = Panel("Task", "share; attention weight", _REPLAY, low=0, high=1)
 TASK_PAIRS = Panel("Singular pairs that a score needs", "median (count)", _REPLAY)
 ABLATION = Panel("Logit difference with 4 contributions removed", "change (nats)", _REPLAY)
-_ORDER = (LOSSES, SPECTRUM, COSINES, SPARSENESS, TASK_SPARSENESS, TASK, TASK_PAIRS, ABLATION)
+DIRECTIONS = Panel("Output without the directions that contribute most", "KL (nats)", _REPLAY, low=0)
+_ORDER = (LOSSES, SPECTRUM, COSINES, SPARSENESS, TASK_SPARSENESS, TASK, TASK_PAIRS, ABLATION, DIRECTIONS)
 
 
 def in_order(panels: Iterable[Panel]) -> list[Panel]:

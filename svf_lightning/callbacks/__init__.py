@@ -6,6 +6,7 @@ from svf_lightning.callbacks.base import Measured, Measurement, ProbeMetric, Row
 from svf_lightning.callbacks.capture import Capture
 from svf_lightning.callbacks.causal_ablation import CausalAblation
 from svf_lightning.callbacks.checkpoint_table import CheckpointTable
+from svf_lightning.callbacks.direction_intervention import DirectionIntervention
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
 from svf_lightning.callbacks.nearest_feature import NearestFeature
 from svf_lightning.callbacks.progress import StepProgress
@@ -23,6 +24,7 @@ __all__ = [
     "Capture",
     "CausalAblation",
     "CheckpointTable",
+    "DirectionIntervention",
     "FeatureOrthogonality",
     "HeadSharing",
     "Measured",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
+from svf_lightning.callbacks.templates import means_of_templates, templates_of
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import SparseAttention, SparsityOverPairs
 from svf_lightning.metrics.sparsity import FEW
@@ -242,13 +243,13 @@ class AttentionSparsity(ProbeMetric):
         measured = self._of_heads(seen, rank)
         if self._errors:
             measured["sad/score_error"] = torch.stack(self._errors).amax(0)
-        templates = _templates(probe, seen.score.shape[-1])
+        templates = templates_of(probe, seen.score.shape[-1])
         if seen.attention is not None:
             measured |= self._of_the_task(seen, rank, templates)
         if self._logit_differences:
             difference = torch.cat(self._logit_differences)
             right = (difference > 0).to(difference.dtype)
-            measured["template/accuracy"] = _means_of(right, templates)
+            measured["template/accuracy"] = means_of_templates(right, templates)
             measured["sad/logit_difference"] = difference.mean()
             measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
             if self.keep_prompts:
@@ -292,7 +293,8 @@ class AttentionSparsity(ProbeMetric):
         shape = seen.score.shape[:-1]
         of_head = {name: _masked_mean(getattr(flat, name), attends) for name in ("sparseness", *_CONTROLS)}
         of_template = {
-            name: _means_of(getattr(of_task, name).nanmean(0), templates) for name in ("sparseness", *_CONTROLS)
+            name: means_of_templates(getattr(of_task, name).nanmean(0), templates)
+            for name in ("sparseness", *_CONTROLS)
         }
         for prefix, values in (("attending", of_head), ("template", of_template)):
             values[_STRONGEST] = torch.stack([values[name] for name in _CONTROLS]).amin(0)
@@ -304,26 +306,6 @@ class AttentionSparsity(ProbeMetric):
 
 def _update(metric: SparseAttention, scores: AttendedScores) -> None:
     metric.update(scores.query, scores.key, scores.direction, scores.S, scores.attention)
-
-
-def _templates(probe: Probe, n: int) -> Tensor:
-    """Number of the template of each of n prompts, from 0; a prompt without one is its own."""
-    known = probe.coords.get("prompt_template")
-    if known is None or len(known[1]) != n:
-        return torch.arange(n)
-    numbers = torch.as_tensor(known[1], dtype=torch.long)
-    own = numbers.amax().clamp_min(-1) + 1 + torch.arange(n)
-    index: Tensor = torch.unique(torch.where(numbers < 0, own, numbers), return_inverse=True)[1]
-    return index
-
-
-def _means_of(values: Tensor, templates: Tensor) -> Tensor:
-    """Mean over the prompts of each template [template]; a prompt without a value (NaN) does not count."""
-    templates = templates.to(values.device)
-    known = ~values.isnan()
-    n = int(templates.amax()) + 1
-    sums = values.new_zeros(n).index_add(0, templates, values.nan_to_num())
-    return sums / values.new_zeros(n).index_add(0, templates, known.to(values.dtype))
 
 
 def _masked_mean(values: Tensor, chosen: Tensor) -> Tensor:

@@ -56,24 +56,27 @@ class Continuation:
             self.groups.append(LastToken(prompts, position, past if position else []))
 
     @torch.inference_mode()
-    def run(self, hooks_of: Callable[[LastToken], Hooks]) -> Float[Tensor, "batch vocabulary"]:
-        """Next-token logits at the queries.
+    def run(self, hooks_of: Callable[[LastToken], Hooks], copies: int = 1) -> Float[Tensor, "copies batch vocabulary"]:
+        """Next-token logits at the queries, of several copies that go through the model together.
 
         Args:
-            hooks_of: Hooks of the bridge for a group of prompts. They see the query's token alone (of m prompts), and
-                scores [m, head, 1, key] for itself and all keys before it.
+            hooks_of: Hooks of the bridge for a group of m prompts. They see the query's token alone, of every prompt of
+                the first copy, then of the second, and so on; and scores [copies * m, head, 1, key] for itself and all
+                keys before it.
+            copies: How many, to each of which the hooks may do something else.
         """
         from transformers import DynamicCache
 
         logits: Tensor | None = None
         for group in self.groups:
-            token = self.tokens[group.prompts, group.position, None]
-            cache = DynamicCache(group.past or None)
+            token = self.tokens[group.prompts, group.position, None].repeat(copies, 1)
+            past = [(keys.repeat(copies, 1, 1, 1), values.repeat(copies, 1, 1, 1)) for keys, values in group.past]
+            cache = DynamicCache(past or None)
             with self.bridge.hooks(fwd_hooks=hooks_of(group)):
                 found = _model(self.bridge)(token, past_key_values=cache, use_cache=True).logits[:, -1]
             if logits is None:
-                logits = found.new_empty(len(self.tokens), found.shape[-1])
-            logits[group.prompts] = found
+                logits = found.new_empty(copies, len(self.tokens), found.shape[-1])
+            logits[:, group.prompts] = found.unflatten(0, (copies, -1))
         assert logits is not None
         return logits
 

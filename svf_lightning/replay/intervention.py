@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from svf_lightning.errors import bad_value
 from svf_lightning.probe import Move, Outcome, Side
@@ -16,6 +17,7 @@ from svf_lightning.replay.decompose import HeadSpace, Observed
 from svf_lightning.replay.prompts import PromptBatch
 from svf_lightning.rotary import rotate
 
+_ROWS = 256  # last tokens that go through the model together
 _CAPPED = 1 - 1e-6  # a score at its cap would be infinite before the cap
 
 ChangeScores = Callable[[LastToken, int, Tensor], Tensor]  # of a group, in a layer: [m, head, 1, key] to the same
@@ -68,7 +70,7 @@ class PromptInterventions:
     @cached_property
     def _untouched(self) -> Tensor:
         """Log-probabilities of the next token [batch, vocabulary]."""
-        return self._continuation.run(lambda group: []).double().log_softmax(-1)
+        return self._continuation.run(lambda group: [])[0].double().log_softmax(-1)
 
     # ---- what to move along ------------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class PromptInterventions:
         be formed.
         """
         layer = head // self.space.n_heads
-        x = self._reads("", [layer])[layer]
+        x = self.reads("", [layer])[layer]
         position = torch.arange(x.shape[1], device=x.device)
         seen = (position > 0) & (position <= self.prompts.query[:, None])
         sample = x[seen]
@@ -120,24 +122,48 @@ class PromptInterventions:
             added[at, :, 0, self.prompts.key[group.prompts]] = -removed[layer][:, group.prompts].T.to(scores)
             return self._shifted(layer, scores, added)
 
-        return self._run(changing, change)
+        (outcome,) = self._run(changing, change)
+        return outcome
 
     @torch.inference_mode()
     def run(self, moves: Sequence[Move]) -> Outcome:
-        """Run the model with other inputs of some heads.
+        """Run the model with other inputs of some heads; see :meth:`run_each`.
+
+        Raises:
+            InputError: An unknown source.
+        """
+        (outcome,) = self.run_each([moves])
+        return outcome
+
+    @torch.inference_mode()
+    def run_each(self, variants: Sequence[Sequence[Move]]) -> list[Outcome]:
+        """Run the model several times, each time with other inputs of some heads.
 
         A head's other scores, and what other heads read, are those of the model in the changed run.
 
         Raises:
             InputError: An unknown source.
         """
-        by_layer: dict[int, list[Move]] = {}
+        moves = [move for variant in variants for move in variant]
         for move in moves:
             if move.source not in self._tokens:
                 raise bad_value("source", move.source, f"one of {self.sources}", "give prompts with counterfactuals")
-            by_layer.setdefault(move.head // self.space.n_heads, []).append(move)
+        layers = sorted({move.head // self.space.n_heads for move in moves})
         for source in {"", *(move.source for move in moves)} if moves else ():
-            self._reads(source, sorted(by_layer))
+            self.reads(source, layers)
+        most = max(1, _ROWS // max(len(group.prompts) for group in self._continuation.groups))
+        outcomes: list[Outcome] = []
+        for start in range(0, len(variants), most):
+            outcomes += self._run_together(variants[start : start + most])
+        return outcomes
+
+    def _run_together(self, variants: Sequence[Sequence[Move]]) -> list[Outcome]:
+        """Run several variants as one batch."""
+        by_head: dict[int, list[tuple[int, Move]]] = {}
+        for i, variant in enumerate(variants):
+            for move in variant:
+                by_head.setdefault(move.head, []).append((i, move))
+        layers = {head // self.space.n_heads for head in by_head}
         live: dict[int, Tensor] = {}
 
         def keep(layer: int) -> Callable[..., None]:
@@ -147,21 +173,24 @@ class PromptInterventions:
             return hook
 
         def change(group: LastToken, layer: int, scores: Tensor) -> Tensor:
-            added = torch.zeros_like(scores)
-            heads = sorted({move.head for move in by_layer[layer]})
-            for head in heads:
-                its = [move for move in by_layer[layer] if move.head == head]
-                change = self._change_of_scores(group, layer, head % self.space.n_heads, its, live[layer])
-                added[:, head % self.space.n_heads, 0] = change.to(scores)
-            return self._shifted(layer, scores, added)
+            added = _by_copy(torch.zeros_like(scores), len(variants))
+            x = _by_copy(live[layer], len(variants))
+            for head, moves in by_head.items():
+                if head // self.space.n_heads == layer:
+                    of = sorted({i for i, _ in moves})
+                    places = [(of.index(i), move) for i, move in moves]
+                    changed = self._change_of_scores(group, layer, head % self.space.n_heads, places, x[of])
+                    added[of, :, head % self.space.n_heads, 0] = changed.to(scores)
+            return self._shifted(layer, scores, added.flatten(0, 1))
 
-        more: Hooks = [(f"blocks.{layer}.attn.hook_in", keep(layer)) for layer in by_layer]
-        return self._run(set(by_layer), change, more)
+        more: Hooks = [(f"blocks.{layer}.attn.hook_in", keep(layer)) for layer in sorted(layers)]
+        return self._run(layers, change, more, copies=len(variants))
 
-    def _run(self, layers: set[int], change: ChangeScores, more: Hooks | None = None) -> Outcome:
-        """Run the last tokens with the scores of some layers changed."""
+    def _run(self, layers: set[int], change: ChangeScores, more: Hooks | None = None, copies: int = 1) -> list[Outcome]:
+        """Run copies of the last tokens with the scores of some layers changed."""
         prompts, n_layers = self.prompts, self.space.n_layers
-        attention = torch.zeros(n_layers, self.space.n_heads, len(prompts), device=prompts.query.device)
+        shape = (copies, n_layers, self.space.n_heads, len(prompts))
+        attention = torch.zeros(shape, device=prompts.query.device)
 
         def hooks_of(group: LastToken) -> Hooks:
             at = torch.arange(len(group.prompts), device=prompts.query.device)
@@ -174,8 +203,9 @@ class PromptInterventions:
 
             def keep(layer: int) -> Callable[..., None]:
                 def hook(pattern: Tensor, hook: object) -> None:
-                    on_key = pattern[at, :, 0, prompts.key[group.prompts]]
-                    attention[layer][:, group.prompts] = on_key.T.float()
+                    of_query = _by_copy(pattern[:, :, 0], copies)  # [copy, m, head, key]
+                    on_key = of_query[:, at, :, prompts.key[group.prompts]]  # [m, copy, head]
+                    attention[:, layer][..., group.prompts] = on_key.permute(1, 2, 0).float()
 
                 return hook
 
@@ -183,29 +213,45 @@ class PromptInterventions:
             hooks += [(f"blocks.{layer}.attn.hook_attn_scores", changed(layer)) for layer in sorted(layers)]
             return [*(more or []), *hooks]
 
-        logits = self._continuation.run(hooks_of)
-        at = torch.arange(len(prompts), device=logits.device)
-        difference = logits[at, prompts.correct] - logits[at, prompts.wrong]
-        after = logits.double().log_softmax(-1)
-        divergence = (self._untouched.exp() * (self._untouched - after)).sum(-1)
-        return Outcome(attention, difference.float(), divergence.float())
+        outcomes = []
+        at = torch.arange(len(prompts), device=prompts.query.device)
+        for weights, logits in zip(attention, self._continuation.run(hooks_of, copies), strict=True):
+            difference = logits[at, prompts.correct] - logits[at, prompts.wrong]
+            after = logits.double().log_softmax(-1)
+            divergence = (self._untouched.exp() * (self._untouched - after)).sum(-1)
+            outcomes.append(Outcome(weights, difference.float(), divergence.float()))
+        return outcomes
 
     # ---- one head ----------------------------------------------------------------------------------------------------
 
     def _change_of_scores(
-        self, group: LastToken, layer: int, head: int, moves: list[Move], live: Tensor
-    ) -> Float[Tensor, "m key"]:
-        """New minus old scores of a head, for the query's token and every key that it sees."""
+        self, group: LastToken, layer: int, head: int, moves: Sequence[tuple[int, Move]], live: Tensor
+    ) -> Float[Tensor, "copy m key"]:
+        """New minus old scores of a head, for the query's token and every key that it sees.
+
+        Args:
+            group: The prompts.
+            layer: The layer.
+            head: The head in the layer.
+            moves: Its moves, each with the number of its copy.
+            live: What the head reads at the query's token [copy, m, 1, D].
+        """
         space, observed, n = self.space, self.observed, group.position + 1
         prompts = group.prompts
-        x: dict[Side, Tensor] = {"query": live, "key": torch.cat([self._read["", layer][prompts, : n - 1], live], dim=1)}
+        earlier = self._read["", layer][prompts, : n - 1].expand(len(live), -1, -1, -1)
+        x: dict[Side, Tensor] = {"query": live, "key": torch.cat([earlier, live], dim=2)}
         moved = dict(x)
-        for move in moves:
+        alike: dict[tuple[Side, str], list[tuple[int, Move]]] = {}
+        for place in moves:
+            alike.setdefault((place[1].side, place[1].source), []).append(place)
+        for (side, source), its in alike.items():
             other = None
-            if move.source:
-                whole = self._read[move.source, layer][prompts, :n]
-                other = whole[:, -1:] if move.side == "query" else whole
-            moved[move.side] = moved[move.side] + _moved_by(move, prompts, x[move.side], other)
+            if source:
+                whole = self._read[source, layer][prompts, :n]
+                other = whole[:, -1:] if side == "query" else whole
+            copies = torch.tensor([i for i, _ in its], device=live.device)
+            change = displacement([move for _, move in its], prompts, x[side][copies], other)
+            moved[side] = moved[side].index_add(0, copies, change)
         positions: dict[Side, slice] = {"query": slice(n - 1, n), "key": slice(0, n)}
         towards = {}
         for which, inputs in (("old", x), ("new", moved)):
@@ -216,7 +262,8 @@ class PromptInterventions:
                     vectors = rotate(vectors, cos, sin, layout=space._layout)
                 towards[which, side] = vectors
         new, old = (
-            torch.einsum("bh,bjh->bj", towards[which, "query"][:, 0], towards[which, "key"]) for which in ("new", "old")
+            torch.einsum("cbh,cbjh->cbj", towards[which, "query"][:, :, 0], towards[which, "key"])
+            for which in ("new", "old")
         )
         return ((new - old) * space.heads.scale).masked_fill(~observed.is_key[layer, prompts, :n], 0)
 
@@ -233,7 +280,7 @@ class PromptInterventions:
         x = x.to(self.space.heads.W_Q.dtype)
         return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if self.space.heads.has_bias else x
 
-    def _reads(self, source: str, layers: Sequence[int]) -> dict[int, Tensor]:
+    def reads(self, source: str, layers: Sequence[int]) -> dict[int, Tensor]:
         """What the heads of some layers read at every position [batch, n, D]; kept, as one run follows another."""
         missing = [layer for layer in layers if (source, layer) not in self._read]
 
@@ -249,17 +296,36 @@ class PromptInterventions:
         return {layer: self._read[source, layer] for layer in layers}
 
 
-def _moved_by(move: Move, prompts: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
-    """How far a move takes x [m, t, D]; ``other`` is what is read in the prompts that the move takes from."""
-    factor = move.factor[prompts, None, None].to(x) if isinstance(move.factor, Tensor) else move.factor
+def _by_copy(rows: Tensor, copies: int) -> Tensor:
+    """Rows of all copies [copies * m, ...] as [copies, m, ...]."""
+    return rows.view(copies, -1, *rows.shape[1:])
 
-    def along(directions: Tensor) -> Tensor:
-        now = x @ directions
-        return (now * factor if other is None else other @ directions) - now
 
-    directions = move.directions[prompts].to(x)
-    change = along(directions)
-    if move.as_far_as is not None:
-        length = along(move.as_far_as[prompts].to(x)).norm(dim=-1, keepdim=True)
-        change = change * (length / change.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+def displacement(
+    moves: Sequence[Move], prompts: Int[Tensor, " m"], x: Float[Tensor, "move m t D"], other: Tensor | None
+) -> Float[Tensor, "move m t D"]:
+    """How far moves take what a head reads at t tokens of some prompts.
+
+    Args:
+        moves: Of one side, from one source.
+        prompts: Numbers of the prompts.
+        x: What is read.
+        other: What is read in the prompts that the moves take from [m, t, D]; None for the prompts themselves.
+    """
+    factor = torch.stack([torch.as_tensor(move.factor, device=x.device).expand(len(move.directions)) for move in moves])
+    factor = factor[:, prompts, None, None].to(x)
+
+    def along(all_directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        most = max(directions.shape[-1] for directions in all_directions)
+        wide = torch.stack(
+            [pad(directions[prompts], (0, most - directions.shape[-1])) for directions in all_directions]
+        ).to(x)
+        now = x @ wide
+        return (now * factor if other is None else other @ wide) - now, wide
+
+    change, directions = along([move.directions for move in moves])
+    if any(move.as_far_as is not None for move in moves):
+        wanted, _ = along([move.directions if move.as_far_as is None else move.as_far_as for move in moves])
+        tiny = torch.finfo(x.dtype).tiny
+        change = change * (wanted.norm(dim=-1, keepdim=True) / change.norm(dim=-1, keepdim=True).clamp_min(tiny))
     return change @ directions.mT

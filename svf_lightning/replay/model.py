@@ -283,7 +283,7 @@ class CheckpointReplay(pl.LightningModule):
         if scores.error is not None:
             current.score_error = max(current.score_error, float(scores.error.max()))
 
-        again = PromptInterventions(current.space, observed, prompts)
+        again = PromptInterventions(current.space, observed, prompts, prompts.counterfactuals)
 
         def decompose(chosen: Tensor) -> AllKeys:
             some = observed.of_prompts(chosen)

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -74,6 +74,7 @@ TEMPLATES = (
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
 _FIELDS = ("text", "query", "key", "correct", "wrong")
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
+_THIRD_NAMES = 1  # key of their draws
 _MAX_BYTES = 16 << 20  # of a file: every prompt is kept in memory, with its scores
 
 
@@ -93,6 +94,9 @@ class Prompt:
             the tokenizer adds. Empty if not known.
         template: Number of the sentence that it was made from, which it shares with others; -1 for one of its own.
             Intervals are over templates, as prompts of one template are no independent sample.
+        counterfactuals: Names and token ids of other prompts to take inputs of heads from, each as long as this one.
+            IOI has "swapped", where IO and S have changed places at every mention, and "abc", where the second mention
+            of S is another name, so that no name is the answer.
 
     Raises:
         InputError: The positions are out of range, or the key comes after the query.
@@ -107,6 +111,7 @@ class Prompt:
     subjects: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
     template: int = dataclasses.field(default=-1, compare=False)
+    counterfactuals: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.key <= self.query < len(self.tokens):
@@ -128,6 +133,7 @@ class PromptBatch:
         key: Positions of the attended tokens.
         correct: Ids of the right next tokens.
         wrong: Ids of the wrong next tokens.
+        counterfactuals: Token ids of other prompts by name, if all of these have one of that name.
     """
 
     tokens: Int[Tensor, "batch n"]
@@ -135,6 +141,7 @@ class PromptBatch:
     key: Int[Tensor, "batch"]
     correct: Int[Tensor, "batch"]
     wrong: Int[Tensor, "batch"]
+    counterfactuals: Mapping[str, Int[Tensor, "batch n"]] = dataclasses.field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The same batch on another device."""
@@ -144,6 +151,7 @@ class PromptBatch:
             key=self.key.to(device),
             correct=self.correct.to(device),
             wrong=self.wrong.to(device),
+            counterfactuals={name: tokens.to(device) for name, tokens in self.counterfactuals.items()},
         )
 
     def __len__(self) -> int:
@@ -262,11 +270,26 @@ def ioi_prompts(
     words = _single_tokens(tokenizer, n_prompts)
     sentences = ioi_sentences(n_prompts, seed=seed, **words)
     encodings = _encode(tokenizer, [sentence.text for sentence in sentences], prepend_bos)
-    return [_ioi_prompt(tokenizer, *pair) for pair in zip(sentences, encodings, strict=True)]
+    rng = np.random.default_rng([seed, _THIRD_NAMES])
+    prompts = []
+    for sentence, encoding in zip(sentences, encodings, strict=True):
+        others = [name for name in words["names"] if name not in (sentence.io, sentence.s)]
+        third = others[rng.integers(len(others))] if others else None
+        prompts.append(_ioi_prompt(tokenizer, sentence, encoding, third))
+    return prompts
 
 
-def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: _Encoding) -> Prompt:
-    """The prompt of a sentence, with every position and answer checked in this very text."""
+def _ioi_prompt(
+    tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: _Encoding, third: str | None
+) -> Prompt:
+    """The prompt of a sentence, with every position and answer checked in this very text.
+
+    Args:
+        tokenizer: A fast one.
+        sentence: The sentence.
+        encoding: Its tokens.
+        third: Another name, for the counterfactual "abc"; None for none.
+    """
     text = sentence.text
     positions_of: dict[str, list[int]] = {}
     answers: dict[str, int] = {}
@@ -279,8 +302,21 @@ def _ioi_prompt(tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encod
         positions_of[name], answers[name] = positions, answer
     (key,), subjects = positions_of[sentence.io], tuple(positions_of[sentence.s])
     correct, wrong = answers[sentence.io], answers[sentence.s]
-    spans_of_tokens = tuple(encoding.spans)
-    return Prompt(text, encoding.ids, encoding.query, key, correct, wrong, subjects, spans_of_tokens, sentence.template)
+    swapped = _replaced(encoding.ids, {key: (correct, wrong), **dict.fromkeys(subjects, (wrong, correct))})
+    other = None if third is None else _answer(tokenizer, text, third)[0]
+    abc = None if other is None else _replaced(encoding.ids, {subjects[-1]: (wrong, other)})
+    counterfactuals = tuple((name, ids) for name, ids in (("swapped", swapped), ("abc", abc)) if ids is not None)
+    return Prompt(
+        text, encoding.ids, encoding.query, key, correct, wrong, subjects, tuple(encoding.spans), sentence.template,
+        counterfactuals,
+    )  # fmt: skip
+
+
+def _replaced(ids: tuple[int, ...], changes: Mapping[int, tuple[int, int]]) -> tuple[int, ...] | None:
+    """Token ids with some exchanged: (old, new) by position; None if one of them is not the old one."""
+    if any(ids[at] != old for at, (old, _) in changes.items()):
+        return None
+    return tuple(changes[at][1] if at in changes else token for at, token in enumerate(ids))
 
 
 def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[str, list[str]]:
@@ -564,12 +600,19 @@ def batches(prompts: Sequence[Prompt], batch_size: int, *, pad: int = 0) -> list
 
 def _batch(prompts: Sequence[Prompt], pad: int) -> PromptBatch:
     longest = max(len(prompt.tokens) for prompt in prompts)
+
+    def padded(rows: Iterable[tuple[int, ...]]) -> Tensor:
+        return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+
+    others = [dict(prompt.counterfactuals) for prompt in prompts]
+    names = [name for name in others[0] if all(name in other for other in others)]
     return PromptBatch(
-        tokens=torch.tensor([[*prompt.tokens, *[pad] * (longest - len(prompt.tokens))] for prompt in prompts]),
+        tokens=padded(prompt.tokens for prompt in prompts),
         query=torch.tensor([prompt.query for prompt in prompts]),
         key=torch.tensor([prompt.key for prompt in prompts]),
         correct=torch.tensor([prompt.correct for prompt in prompts]),
         wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+        counterfactuals={name: padded(other[name] for other in others) for name in names},
     )
 
 

@@ -10,7 +10,7 @@ from svf_lightning.probe import Move
 from svf_lightning.replay.bridge import make_bridge
 from svf_lightning.replay.continuation import Continuation
 from svf_lightning.replay.decompose import HeadSpace
-from svf_lightning.replay.intervention import PromptInterventions
+from svf_lightning.replay.intervention import PromptInterventions, displacement
 from svf_lightning.replay.prompts import PromptBatch
 
 FAMILIES = list(CONFIGS)
@@ -39,7 +39,7 @@ def test_the_last_token_run_alone_is_the_last_token_of_the_whole_prompt(family, 
     logits = model(tokens())[torch.arange(4), QUERY]
     again = Continuation(model, tokens(), QUERY)
     for _ in range(2):  # a run leaves nothing behind
-        torch.testing.assert_close(again.run(lambda group: []), logits, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(again.run(lambda group: [])[0], logits, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,9 +148,8 @@ def test_singular_vectors_take_the_scores_apart(family, processing, side):
 
     def keep(scores, hook):
         position = scores.shape[-1] - 1
-        for i in (QUERY == position).nonzero().flatten().tolist():
-            group = (QUERY == position).nonzero().flatten().tolist()
-            seen[i] = scores[group.index(i), HEAD, 0]
+        for row, i in enumerate(i for i in range(4) if int(QUERY[i]) == position):
+            seen[i] = scores[row, HEAD, 0]
 
     scores = {}
     for name, moves in (("before", []), ("after", [Move(head, side, vectors[..., 1:2])])):
@@ -172,22 +171,17 @@ def test_singular_vectors_take_the_scores_apart(family, processing, side):
 
 def test_a_move_goes_as_far_as_another_one_would():
     again = interventions(bridge("gpt2"))
-    live = {}
-
-    def length(moves):
-        space, x = again.space, again._reads("", [LAYER])[LAYER]
-        at = x[torch.arange(4), QUERY][:, None]
-        from svf_lightning.replay.intervention import _moved_by
-
-        live["x"] = at
-        return _moved_by(moves, torch.arange(4), at, None).norm(dim=-1)
-
-    n_inputs = again.space.weights(0, 0, "query").shape[1]
+    x = again.reads("", [LAYER])[LAYER]
+    n_inputs = x.shape[-1]
     reference, other = orthonormal(4, n_inputs, 2, seed=1), orthonormal(4, n_inputs, 5, seed=2)
-    wanted = (live.get("x", again._reads("", [LAYER])[LAYER][torch.arange(4), QUERY][:, None]) @ reference).norm(dim=-1)
+
+    def length(move):
+        return displacement([move], torch.arange(4), x[None], None)[0].norm(dim=-1)
+
+    wanted = (x @ reference).norm(dim=-1)
+    torch.testing.assert_close(length(Move(0, "query", reference)), wanted)
     torch.testing.assert_close(length(Move(0, "query", other, as_far_as=reference)), wanted)
     torch.testing.assert_close(length(Move(0, "query", other, 3.0, as_far_as=reference)), 2 * wanted)
-    torch.testing.assert_close(length(Move(0, "query", reference)), wanted)
 
 
 @pytest.mark.parametrize("side", ["query", "key"])
@@ -207,10 +201,31 @@ def test_patching_everything_that_a_head_reads_gives_it_the_scores_of_the_other_
     assert again.sources == ["abc"]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_variants_that_run_together_are_as_if_each_ran_alone(family, monkeypatch):
+    again = interventions(bridge(family), abc=tokens(2))
+    n_inputs = again.space.weights(0, 0, "query").shape[1]
+    few, many = orthonormal(4, n_inputs, 2), orthonormal(4, n_inputs, 5, seed=3)
+    factors = torch.tensor([0.0, 2.0, 0.5, -1.0])
+    variants = [
+        [Move(1, "query", few), Move(1, "key", many, source="abc")],
+        [],
+        [Move(1, "query", many, factors), Move(HEAD + again.space.n_heads, "query", few, 2.0)],
+        [Move(1, "query", many, as_far_as=few), Move(1, "query", few, source="abc")],
+    ]
+    together = again.run_each(variants)
+    monkeypatch.setattr("svf_lightning.replay.intervention._ROWS", 1)
+    for outcomes in (again.run_each(variants), [again.run(moves) for moves in variants]):
+        for one, other in zip(together, outcomes, strict=True):
+            for mine, theirs in zip(one, other, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert (together[0].attention - together[1].attention).abs().max() > 1e-3
+
+
 def test_random_directions_have_the_covariance_of_what_the_head_reads():
     again = interventions(bridge("gpt_neox"))
     head = 2 * again.space.n_heads
-    x = again._reads("", [2])[2]
+    x = again.reads("", [2])[2]
     tokens_seen = torch.cat([x[i, 1 : int(QUERY[i]) + 1] for i in range(4)])
     covariance = torch.cov(tokens_seen.double().T)
     generator = torch.Generator().manual_seed(0)
