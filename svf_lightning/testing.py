@@ -28,7 +28,7 @@ from torch import Tensor
 
 from svf_lightning.callbacks import FeatureOrthogonality, Measured, ProbeMetric, SVDAlignment, quantities_of
 from svf_lightning.heads import AttentionHeads
-from svf_lightning.probe import AllKeys, AttendedScores, Outcome, Probe, Probed
+from svf_lightning.probe import AllKeys, AttendedScores, Move, Outcome, Probe, Probed, Side
 from svf_lightning.quantities import Quantity, collect
 from svf_lightning.toy import ToyAttentionModel, ToyData
 
@@ -168,6 +168,7 @@ def _language_model() -> Probe:
     scores = AttendedScores(
         query, key, key.clone(), torch.ones(2, 3, 1, rank), on_key, torch.zeros(2, 3), logit_difference
     )
+    vectors, x = torch.linalg.qr(draw(6, n_prompts, 8, rank))[0], draw(n_prompts, 8)
     return Probe(
         0,
         heads=AttentionHeads(W_Q, W_K, scale=rank**-0.5),
@@ -175,11 +176,40 @@ def _language_model() -> Probe:
         pairs=torch.tensor([[0, 1], [2, 3]]),
         scores=scores,
         intervene=intervene,
+        interventions=_MadeUpInterventions(vectors, x, on_key, logit_difference),
         decompose=decompose,
         part=(0, 1),
         batch_dims=("layer", "head"),
         feature_dims=(),
     )
+
+
+class _MadeUpInterventions:
+    """Of a module in which a head's weight on the key falls as it reads less along some directions."""
+
+    sources = ("swapped",)
+
+    def __init__(self, vectors: Tensor, x: Tensor, on_key: Tensor, logit_difference: Tensor) -> None:
+        self.vectors, self.x, self.on_key, self.logit_difference = vectors, x, on_key, logit_difference
+
+    def singular_vectors(self, head: int, side: Side) -> Tensor:
+        return self.vectors[head] if side == "query" else self.vectors[head].flip(-1)
+
+    def residual_draws(self, head: int, n_draws: int, generator: torch.Generator) -> Tensor:
+        drawn: Tensor = torch.linalg.qr(torch.randn(*self.x.shape, n_draws, generator=generator))[0]
+        return drawn
+
+    def run_each(self, variants: Sequence[Sequence[Move]]) -> list[Outcome]:
+        return [self._run(moves) for moves in variants]
+
+    def _run(self, moves: Sequence[Move]) -> Outcome:
+        attention, total = self.on_key.clone().flatten(0, 1), torch.zeros(len(self.x))
+        for move in moves:
+            moved = ((self.x[:, None] @ move.directions).square().sum((-2, -1)) + 1).log()
+            moved = moved * (torch.as_tensor(move.factor) - 1).abs()
+            attention[move.head] *= torch.exp(-moved)
+            total = total + moved
+        return Outcome(attention.view_as(self.on_key), self.logit_difference - total, total)
 
 
 # ---- the checks ------------------------------------------------------------------------------------------------------

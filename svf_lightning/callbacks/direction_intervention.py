@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
@@ -15,8 +16,9 @@ from svf_lightning.draws import keyed_generator, keyed_seed
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import contribution_order, haar_orthogonal
 from svf_lightning.metrics.intervals import CONFIDENCE
-from svf_lightning.probe import AttendedScores, Interventions, Move, Outcome, Probe, Side
+from svf_lightning.probe import AttendedScores, Interventions, Move, Probe, Side
 from svf_lightning.quantities import DIRECTIONS, Place, Quantity
+from svf_lightning.terminal import say
 
 SIDES: tuple[Side, ...] = ("query", "key")
 CONTROLS = ("spectrum", "rotated", "random", "other_head", "residual")  # each moves as far as "top"
@@ -36,7 +38,7 @@ def _declared() -> Iterator[Quantity]:
     for side in SIDES:
         for effect in EFFECTS:
             name, what = f"directions/{side}/{effect}", f"{_LABELS[effect]} without top directions of the {side}"
-            about: Any = {"unit": _UNITS[effect], "logged": "mean", "source": of}
+            about: Any = {"unit": _UNITS[effect], "logged": "mean", "gaps": True, "source": of}
             if effect == "divergence":
                 about |= {"low": 0, "panel": DIRECTIONS}
                 meaning = "KL divergence of the next token's distribution from the untouched one, mean over templates."
@@ -113,6 +115,8 @@ class DirectionIntervention(ProbeMetric):
         numbers: How many directions are ablated; the largest for all else.
         n_task_heads: Heads that count as the task's.
         seed: Seed of the random choices, which come from generators of their own.
+        steps: Checkpoints to do it at, as it costs more than all other metrics together; the rows of the others hold
+            NaN. None: all of them.
 
     Raises:
         InputError: An option out of range.
@@ -121,15 +125,23 @@ class DirectionIntervention(ProbeMetric):
     needs = "a language model"
     quantities = tuple(_declared())
 
-    def __init__(self, numbers: tuple[int, ...] = (1, 4), n_task_heads: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self,
+        numbers: tuple[int, ...] = (1, 4),
+        n_task_heads: int = 3,
+        seed: int = 0,
+        steps: tuple[int, ...] | None = None,
+    ) -> None:
         if not numbers or any(n < 1 for n in numbers) or len(set(numbers)) < len(numbers):
             raise bad_value("numbers", numbers, "distinct integers >= 1", "change the DirectionIntervention callback")
         if n_task_heads < 1:
             raise bad_value(
                 "n_task_heads", n_task_heads, "an integer >= 1", "change the DirectionIntervention callback"
             )
-        self.numbers, self.n_task_heads, self.seed = numbers, n_task_heads, seed
+        self.numbers, self.n_task_heads, self.seed, self.steps = numbers, n_task_heads, seed, steps
         self._parts: list[_Part] = []
+        self._measured_steps: list[int] = []
+        self._passed_steps: list[int] = []
 
     def observe(self, probe: Probe) -> None:
         """Keep one part of the pairs, as the task's heads are known only when all parts were seen."""
@@ -151,7 +163,13 @@ class DirectionIntervention(ProbeMetric):
         parts, self._parts = self._parts, []
         attention = torch.cat([_attention(part) for part in parts], dim=1).nanmean(1)
         heads = attention.topk(min(self.n_task_heads, len(attention))).indices.tolist()
-        changes = [self._changes(part, heads) for part in parts]
+        step = int(torch.as_tensor(probe.step).flatten()[0])
+        if self.steps is None or step in self.steps:
+            self._measured_steps.append(step)
+            changes = [self._changes(part, heads) for part in parts]
+        else:
+            self._passed_steps.append(step)
+            changes = [self._no_changes(part, heads) for part in parts]
         joined = {kind: torch.cat([change[kind] for change in changes], dim=-1) for kind in changes[0]}
         templates = templates_of(probe, joined["boosted"].shape[-1])
         of_templates = {kind: means_of_templates(values, templates) for kind, values in joined.items()}
@@ -164,6 +182,12 @@ class DirectionIntervention(ProbeMetric):
         measured["directions/numbers"] = torch.tensor(self.numbers, dtype=torch.int32)
         measured["directions/layer_head"] = torch.tensor(heads, dtype=torch.int32)
         return {name: value[None] for name, value in measured.items()}
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there was none of the checkpoints that were asked for."""
+        if self._passed_steps and not self._measured_steps:
+            there = ", ".join(map(str, self._passed_steps))
+            say(f"DirectionIntervention has measured nothing: steps={self.steps}, and the checkpoints are {there}")
 
     def _summary(self, of_templates: dict[str, Tensor]) -> dict[str, Tensor]:
         """The largest number of directions taken out: means over templates, against the controls."""
@@ -190,43 +214,77 @@ class DirectionIntervention(ProbeMetric):
 
     def _changes(self, part: _Part, heads: list[int]) -> dict[str, Tensor]:
         """Changes [effect, ..., side, choice, pair] of every kind, for one part of the pairs."""
-        (untouched,) = part.interventions.run_each([[]])
-        attention, difference = untouched.attention.flatten(0, -2), untouched.logit_difference
-        n_most = max(self.numbers)
-        directions = _Directions(part, heads, self.seed)
-        missing = difference.new_full((len(EFFECTS), len(difference)), torch.nan)
-
-        def effects(outcome: Outcome, of: list[int], moves: Sequence[Move]) -> Tensor:
-            change = outcome.attention.flatten(0, -2)[of] - attention[of]
-            divergence = missing[0] if outcome.divergence is None else outcome.divergence
-            found = torch.stack([change.mean(0), outcome.logit_difference - difference, divergence])
-            undefined = torch.stack([directions.is_undefined(move) for move in moves]).any(0)
-            return found.masked_fill(undefined, torch.nan)
-
-        def on_both_sides(of: list[int], n: int, **how: Any) -> Tensor:
-            """Effects of all choices [effect, side, choice, pair]."""
-            found = []
-            for side in SIDES:
-                moves = {choice: [directions.move(head, side, n, choice, **how) for head in of] for choice in CHOICES}
-                known = {choice: [m for m in its if m is not None] for choice, its in moves.items() if None not in its}
-                outcomes = part.interventions.run_each(list(known.values()))
-                of_side = dict(zip(known, outcomes, strict=True))
-                found.append(
-                    torch.stack([effects(of_side[c], of, known[c]) if c in known else missing for c in CHOICES], 1)
-                )
-            return torch.stack(found, 1)
-
-        sources = [source if source in part.interventions.sources else None for source in SOURCES]
-        boosted = on_both_sides(heads, n_most, factor=2.0)
-        unknown = torch.full_like(boosted, torch.nan)
-        return {
-            "ablated": torch.stack([on_both_sides(heads, n) for n in self.numbers], 1),
-            "boosted": boosted,
-            "patched": torch.stack(
-                [unknown if source is None else on_both_sides(heads, n_most, source=source) for source in sources], 1
-            ),
-            "alone": torch.stack([on_both_sides([head], n_most) for head in heads], 1),
+        most = max(self.numbers)
+        sources = [source for source in SOURCES if source in part.interventions.sources]
+        settings = {
+            "ablated": [_Setting(heads, n) for n in self.numbers],
+            "boosted": [_Setting(heads, most, factor=2.0)],
+            "patched": [_Setting(heads, most, source=source) for source in sources],
+            "alone": [_Setting([head], most) for head in heads],
         }
+        effects = iter(self._effects(part, heads, [setting for its in settings.values() for setting in its]))
+        found = {kind: [next(effects) for _ in its] for kind, its in settings.items()}
+        unknown = torch.full_like(found["boosted"][0], torch.nan)
+        of_source = dict(zip(sources, found["patched"], strict=True))
+        return {
+            "ablated": torch.stack(found["ablated"], 1),
+            "boosted": found["boosted"][0],
+            "patched": torch.stack([of_source.get(source, unknown) for source in SOURCES], 1),
+            "alone": torch.stack(found["alone"], 1),
+        }
+
+    def _no_changes(self, part: _Part, heads: list[int]) -> dict[str, Tensor]:
+        """Of a checkpoint that was not asked for: NaN."""
+        sizes = {"ablated": [len(self.numbers)], "boosted": [], "patched": [len(SOURCES)], "alone": [len(heads)]}
+        last = (len(SIDES), len(CHOICES), part.scores.query.shape[-2])
+        values = part.scores.query
+        return {kind: values.new_full((len(EFFECTS), *more, *last), torch.nan) for kind, more in sizes.items()}
+
+    def _effects(self, part: _Part, heads: list[int], settings: Sequence[_Setting]) -> list[Tensor]:
+        """Effects [effect, side, choice, pair] of each setting; all of them run as few batches."""
+        directions = _Directions(part, heads, self.seed)
+        moves = [
+            [directions.move(head, side, choice, setting) for head in setting.heads]
+            for setting in settings
+            for side in SIDES
+            for choice in CHOICES
+        ]
+        known = [[move for move in its if move is not None] for its in moves if None not in its]
+        untouched, *outcomes = part.interventions.run_each([[], *known])
+        attention, difference = untouched.attention.flatten(0, -2), untouched.logit_difference
+        missing = difference.new_full((len(EFFECTS), len(difference)), torch.nan)
+        pending = iter(zip(outcomes, known, strict=True))
+        effects = []
+        for its in moves:
+            if None in its:
+                effects.append(missing)
+                continue
+            outcome, made = next(pending)
+            of = [move.head for move in made]
+            change = (outcome.attention.flatten(0, -2)[of] - attention[of]).mean(0)
+            divergence = missing[0] if outcome.divergence is None else outcome.divergence
+            effect = torch.stack([change, outcome.logit_difference - difference, divergence])
+            undefined = torch.stack([_is_undefined(move) for move in made]).any(0)
+            effects.append(effect.masked_fill(undefined, torch.nan))
+        whole = torch.stack(effects, 1)  # [effect, setting * side * choice, pair]
+        of_settings = whole.view(len(EFFECTS), len(settings), len(SIDES), len(CHOICES), -1)
+        return list(of_settings.unbind(1))
+
+
+class _Setting(NamedTuple):
+    """What is done along the directions, whichever they are."""
+
+    heads: list[int]
+    n: int  # directions of each head
+    factor: float = 0.0
+    source: str = ""
+
+
+def _is_undefined(move: Move) -> Tensor:
+    """Pairs for which there is no such move [pair]."""
+    if isinstance(move.factor, Tensor):
+        return ~torch.isfinite(move.factor)
+    return torch.zeros(len(move.directions), dtype=torch.bool, device=move.directions.device)
 
 
 class _Directions:
@@ -234,40 +292,38 @@ class _Directions:
 
     def __init__(self, part: _Part, heads: list[int], seed: int) -> None:
         self.part, self.heads, self.seed = part, heads, seed
-        self._controls: dict[tuple[int, Side, int, str], Tensor | None] = {}
+        self._known: dict[tuple[int, Side, int, str], Tensor | None] = {}
 
-    def move(self, head: int, side: Side, n: int, choice: str, *, factor: float = 0.0, source: str = "") -> Move | None:
-        """The move of one head along n directions of that choice; None if there are none such."""
+    def move(self, head: int, side: Side, choice: str, setting: _Setting) -> Move | None:
+        """The move of one head along directions of that choice; None if there are none such."""
+        _, n, factor, source = setting
         basis = self.part.interventions.singular_vectors(head, side)
-        own = self._contributions(head)
-        n = min(n, own.shape[-1])
-        order = contribution_order(own)
-        top = _columns(basis, order[:, :n])
-        if choice == "top":
-            return Move(head, side, top, factor, source)
+        n = min(n, basis.shape[-1])
         if choice == "whole":
             return Move(head, side, basis, factor, source)
         if choice == "matched":
-            return None if source else self._matched(head, side, basis, own, order, n, factor)
-        which = (head, side, n, choice)
-        if which not in self._controls:
-            self._controls[which] = self._control(head, side, basis, n, choice)
-        directions = self._controls[which]
-        return None if directions is None else Move(head, side, directions, factor, source, as_far_as=top)
+            return None if source else self._matched(head, side, basis, n, factor)
+        top = self._along(head, side, n, "top")
+        directions = self._along(head, side, n, choice)
+        if directions is None:
+            return None
+        return Move(head, side, directions, factor, source, as_far_as=None if choice == "top" else top)
 
-    @staticmethod
-    def is_undefined(move: Move) -> Tensor:
-        """Pairs for which there is no such move [pair]."""
-        if isinstance(move.factor, Tensor):
-            return ~torch.isfinite(move.factor)
-        return torch.zeros(len(move.directions), dtype=torch.bool, device=move.directions.device)
+    def _along(self, head: int, side: Side, n: int, choice: str) -> Tensor | None:
+        which = (head, side, n, choice)
+        if which not in self._known:
+            self._known[which] = self._directions(*which)
+        return self._known[which]
 
     def _contributions(self, head: int) -> Tensor:
         """Relative contributions [pair, R]; 0 where the head does not see the key."""
         return self.part.scores.contributions[head].nan_to_num()
 
-    def _control(self, head: int, side: Side, basis: Tensor, n: int, choice: str) -> Tensor | None:
-        """Orthonormal directions [pair, D, n] of a control."""
+    def _directions(self, head: int, side: Side, n: int, choice: str) -> Tensor | None:
+        """Orthonormal directions [pair, D, n]; None if there are none such."""
+        basis = self.part.interventions.singular_vectors(head, side)
+        if choice == "top":
+            return _columns(basis, contribution_order(self._contributions(head))[:, :n])
         if choice == "spectrum":
             return basis[..., :n]
         if choice == "other_head":
@@ -297,8 +353,10 @@ class _Directions:
         A, B = haar_orthogonal(rank, 2 * n_pairs, seed=seed, device=basis.device).to(basis.dtype).chunk(2)
         return A, B
 
-    def _matched(self, head: int, side: Side, basis: Tensor, own: Tensor, order: Tensor, n: int, factor: float) -> Move:
+    def _matched(self, head: int, side: Side, basis: Tensor, n: int, factor: float) -> Move:
         """Random others that raise the score, scaled so that it changes as much as along the top n."""
+        own = self._contributions(head)
+        order = contribution_order(own)
         towards = torch.where(own.sum(-1, keepdim=True) < 0, -own, own)
         is_other = torch.ones_like(own, dtype=torch.bool).scatter(-1, order[:, :n], False) & (towards > 0)
         generator = keyed_generator(self.seed, _PAIRS, head, SIDES.index(side), self.part.number)
@@ -344,12 +402,12 @@ def _count_beyond(top: Tensor, controls: Tensor) -> Tensor:
     them together are wrong in 5 % of cases (Bonferroni). To be above every one of the controls needs no correction.
 
     Returns:
-        The number; NaN for fewer than two templates.
+        The number; NaN for fewer than two templates, or no value.
     """
     from scipy.stats import t
 
     n_heads, n = top.shape
-    if n < 2:
+    if n < 2 or bool(top.isnan().all()):
         return top.new_full((), torch.nan)
     difference = (top[:, None] - controls).double()
     quantile = float(t.ppf(1 - (1 - CONFIDENCE) / 2 / n_heads, n - 1))

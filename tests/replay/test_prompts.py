@@ -1,8 +1,10 @@
 """Prompts, against tokenizers of the common kinds: byte-level BPE, SentencePiece style, and words."""
 
+import dataclasses
 import importlib.util
 import json
 import random
+import re
 import tracemalloc
 import unicodedata
 from collections import Counter
@@ -252,6 +254,39 @@ def test_key_subjects_query_and_answers_are_those_of_the_sentence(tokenizer):
         assert prompt.tokens == tuple(tokenizer(prompt.text).input_ids)
 
 
+def test_counterfactuals_are_the_same_sentence_with_names_exchanged_or_a_third_name(tokenizer):
+    prompts = ioi_prompts(tokenizer, 64, seed=3)
+    thirds = set()
+    for prompt, sentence in zip(prompts, ioi_sentences(64, seed=3), strict=True):
+        others = dict(prompt.counterfactuals)
+        assert list(others) == ["swapped", "abc"]
+        io, s = sentence.io, sentence.s
+        swapped = re.sub(rf"\b({io}|{s})\b", lambda name, io=io, s=s: s if name[0] == io else io, prompt.text)
+        assert others["swapped"] == tuple(tokenizer(swapped).input_ids)
+        (changed,) = [i for i, (old, new) in enumerate(zip(prompt.tokens, others["abc"], strict=True)) if old != new]
+        assert changed == prompt.subjects[-1]
+        third = next(name for name in NAMES if named(tokenizer, name) == decoded(tokenizer, others["abc"][changed]))
+        assert third not in (io, s)
+        first, _, rest = prompt.text.rpartition(s)
+        assert others["abc"] == tuple(tokenizer(f"{first}{third}{rest}").input_ids)
+        thirds.add(third)
+    assert len(thirds) > 20
+    assert [p.counterfactuals for p in ioi_prompts(tokenizer, 64, seed=3)] == [p.counterfactuals for p in prompts]
+
+
+def test_a_batch_has_the_counterfactuals_that_all_of_its_prompts_have(tokenizer):
+    prompts = ioi_prompts(tokenizer, 4)
+    prompts[1] = dataclasses.replace(prompts[1], counterfactuals=prompts[1].counterfactuals[:1])
+    first, second = batches(prompts, 2)
+    assert list(first.counterfactuals) == ["swapped"]
+    assert list(second.to("cpu").counterfactuals) == ["swapped", "abc"]
+    for batch in (first, second):
+        for tokens in batch.counterfactuals.values():
+            assert tokens.shape == batch.tokens.shape
+    row = second.counterfactuals["abc"][0]
+    assert tuple(row[: len(prompts[2].tokens)].tolist()) == dict(prompts[2].counterfactuals)["abc"]
+
+
 def test_the_answers_continue_the_tokens_up_to_the_query(tokenizer):
     for prompt, sentence in zip(ioi_prompts(tokenizer, 64), ioi_sentences(64, seed=0), strict=True):
         for name, answer in ((sentence.io, prompt.correct), (sentence.s, prompt.wrong)):
@@ -406,7 +441,7 @@ def test_prompts_of_a_file_are_those_of_ioi_if_it_says_the_same(tmp_path, tokeni
         for p, s in zip(expected, ioi_sentences(32, seed=0), strict=True)
     ]
     got = read_prompts(write(tmp_path / f"p{suffix}", *rows), tokenizer)
-    not_told = {"subjects": (), "template": -1}
+    not_told = {"subjects": (), "template": -1, "counterfactuals": ()}
     assert [{**vars(p), **not_told} for p in expected] == [vars(p) for p in got]
 
 
@@ -742,11 +777,16 @@ def test_batches_pad_with_zero_unless_told(words):
 
 
 def test_a_batch_moves_as_a_whole():
-    (batch,) = batches([Prompt("a b", (7, 8), 1, 0, 3, 4)], 1)
-    moved = batch.to("meta")
-    assert {getattr(moved, name).device.type for name in vars(moved)} == {"meta"}
-    same = batch.to(torch.device("cpu"))
-    assert all(torch.equal(getattr(same, name), getattr(batch, name)) for name in vars(batch))
+    (batch,) = batches([Prompt("a b", (7, 8), 1, 0, 3, 4, counterfactuals=(("other", (7, 9)),))], 1)
+
+    def tensors(batch):
+        flat = vars(batch) | {f"counterfactual {name}": tokens for name, tokens in batch.counterfactuals.items()}
+        return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+
+    assert len(tensors(batch)) == 6
+    assert {value.device.type for value in tensors(batch.to("meta")).values()} == {"meta"}
+    same = tensors(batch.to(torch.device("cpu")))
+    assert all(torch.equal(same[name], value) for name, value in tensors(batch).items())
 
 
 @pytest.mark.parametrize(("n", "batch_size", "message"), [(1, 0, "batch_size=0 .*>= 1"), (0, 4, "at least one prompt")])
