@@ -1,4 +1,4 @@
-"""CausalAblation: do the sparse contributions matter to the model?"""
+"""CausalAblation: how much of a score do the largest contributions make up, and what does the model do without it?"""
 
 from __future__ import annotations
 
@@ -77,9 +77,11 @@ class _Part(NamedTuple):
 class CausalAblation(ProbeMetric):
     """Takes n contributions off the score that the task's heads give the attended key, and runs the model again.
 
-    Beyond the paper (method, section 6). The task's heads are the ``n_task_heads`` with most attention on the key; the
-    contributions, relative to the other keys, are removed in all of them at once, before the softmax. Which n of them:
-    "top", those that contribute most; "random", n others at random; "spectrum", those of the n largest singular values.
+    Beyond the paper (method, section 6). What is taken off is a number, so only its size matters, not the directions
+    that it came from; DirectionIntervention asks for these. The task's heads are the ``n_task_heads`` with most
+    attention on the key; the contributions, relative to the other keys, are removed in all of them at once, before the
+    softmax. Which n of them: "top", those that contribute most; "random", n others at random; "spectrum", those of the
+    n largest singular values.
 
     Per step, for n in ``report``: changes of attention and of the logit difference, and how much more the "top" ones
     change it than the others, pair by pair, with a 95 % confidence interval over pairs.

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
@@ -18,7 +17,6 @@ from svf_lightning.metrics import contribution_order, haar_orthogonal
 from svf_lightning.metrics.intervals import CONFIDENCE
 from svf_lightning.probe import AttendedScores, Interventions, Move, Probe, Side
 from svf_lightning.quantities import DIRECTIONS, Place, Quantity
-from svf_lightning.terminal import say
 
 SIDES: tuple[Side, ...] = ("query", "key")
 CONTROLS = ("spectrum", "rotated", "random", "other_head", "residual")  # each moves as far as "top"
@@ -115,8 +113,8 @@ class DirectionIntervention(ProbeMetric):
         numbers: How many directions are ablated; the largest for all else.
         n_task_heads: Heads that count as the task's.
         seed: Seed of the random choices, which come from generators of their own.
-        steps: Checkpoints to do it at, as it costs more than all other metrics together; the rows of the others hold
-            NaN. None: all of them.
+        steps: Checkpoints to do it at beside the last one, as it costs more than all other metrics together; the rows
+            of the others hold NaN. None: all of them.
 
     Raises:
         InputError: An option out of range.
@@ -140,8 +138,6 @@ class DirectionIntervention(ProbeMetric):
             )
         self.numbers, self.n_task_heads, self.seed, self.steps = numbers, n_task_heads, seed, steps
         self._parts: list[_Part] = []
-        self._measured_steps: list[int] = []
-        self._passed_steps: list[int] = []
 
     def observe(self, probe: Probe) -> None:
         """Keep one part of the pairs, as the task's heads are known only when all parts were seen."""
@@ -163,13 +159,9 @@ class DirectionIntervention(ProbeMetric):
         parts, self._parts = self._parts, []
         attention = torch.cat([_attention(part) for part in parts], dim=1).nanmean(1)
         heads = attention.topk(min(self.n_task_heads, len(attention))).indices.tolist()
-        step = int(torch.as_tensor(probe.step).flatten()[0])
-        if self.steps is None or step in self.steps:
-            self._measured_steps.append(step)
-            changes = [self._changes(part, heads) for part in parts]
-        else:
-            self._passed_steps.append(step)
-            changes = [self._no_changes(part, heads) for part in parts]
+        step, is_last = (torch.as_tensor(x).flatten()[0] for x in (probe.step, probe.is_last))
+        is_due = self.steps is None or int(step) in self.steps or bool(is_last)
+        changes = [(self._changes if is_due else self._no_changes)(part, heads) for part in parts]
         joined = {kind: torch.cat([change[kind] for change in changes], dim=-1) for kind in changes[0]}
         templates = templates_of(probe, joined["boosted"].shape[-1])
         of_templates = {kind: means_of_templates(values, templates) for kind, values in joined.items()}
@@ -182,12 +174,6 @@ class DirectionIntervention(ProbeMetric):
         measured["directions/numbers"] = torch.tensor(self.numbers, dtype=torch.int32)
         measured["directions/layer_head"] = torch.tensor(heads, dtype=torch.int32)
         return {name: value[None] for name, value in measured.items()}
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was none of the checkpoints that were asked for."""
-        if self._passed_steps and not self._measured_steps:
-            there = ", ".join(map(str, self._passed_steps))
-            say(f"DirectionIntervention has measured nothing: steps={self.steps}, and the checkpoints are {there}")
 
     def _summary(self, of_templates: dict[str, Tensor]) -> dict[str, Tensor]:
         """The largest number of directions taken out: means over templates, against the controls."""

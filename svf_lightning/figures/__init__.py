@@ -18,6 +18,7 @@ from svf_lightning.figures.sparsity import fig_7a, fig_7b, sparsity_over_time
 from svf_lightning.figures.histograms import fig_8, fig_9
 from svf_lightning.figures.heads_map import heads_map
 from svf_lightning.figures.ablation import causal
+from svf_lightning.figures.interventions import interventions
 # isort: on
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "further",
     "head_shares",
     "heads_map",
+    "interventions",
     "pair_map",
     "sparsity_over_time",
     "spectrum_over_time",

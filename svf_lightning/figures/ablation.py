@@ -126,5 +126,5 @@ causal = figure(
     paper="beyond the paper",
     see="Each line takes n contributions off the scores of all these heads: the n largest, n random others, or those "
     "of the n largest singular values. Below 0, the model loses attention on the key, or preference for the right "
-    "answer.",
+    "answer. What is taken off is an amount, and only its size matters, not the directions that it came from.",
 )

@@ -345,6 +345,7 @@ class CheckpointReplay(pl.LightningModule):
             interventions=again,
             decompose=decompose,
             part=part,
+            is_last=loaded.ref == self.data.refs[-1],
             batch_dims=("layer", "head"),
             feature_dims=(),
             coords=coords,

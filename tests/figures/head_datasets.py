@@ -5,10 +5,10 @@ import xarray as xr
 
 STEPS = [0, 1, 3, 10, 40, 100, 700]
 T, L, H, R, P, N_DRAWS = 7, 5, 11, 17, 13, 19  # one size per axis
-N_REMOVED, N_I = 23, 3
+N_REMOVED, N_I, N_TEMPLATES = 23, 3, 12
 TASK = [(4, 2), (0, 9)]  # of the last step; other heads before
 NO_SCORE = (3, 7)  # a head that sees one key only
-OF_HEADS = ("fig_7a", "fig_7b", "fig_8", "fig_9", "heads_map", "causal")  # figures of a language model
+OF_HEADS = ("fig_7a", "fig_7b", "fig_8", "fig_9", "heads_map", "causal", "interventions")  # figures of a language model
 NAMES = (*OF_HEADS, "sparsity_over_time")
 
 
@@ -47,8 +47,33 @@ def synthetic():
         "causal/attention": (("step", "n_removed", "kind", "prompt"), rng.normal(size=(T, N_REMOVED, 3, P))),
         "causal/logit_difference": (("step", "n_removed", "kind", "prompt"), rng.normal(size=(T, N_REMOVED, 3, P))),
         "causal/layer_head": (("step", "causal_head"), task[:, :1].astype(np.int32)),
+        **directions(rng, task[:, :2]),
     }
     return xr.Dataset({**scalars, **per_prompt, **arrays}, coords={"step": STEPS})
+
+
+def directions(rng, task):
+    """What DirectionIntervention measures, at the last step but one; it was not asked for elsewhere."""
+    dims = {"ablated": (2, 2, 8), "boosted": (2, 8), "patched": (3, 2, 8), "alone": (2, 2, 8)}
+    first = {"ablated": ("n_directions",), "boosted": (), "patched": ("source",), "alone": ("direction_head",)}
+    variables = {}
+    for effect in ("attention", "logit_difference", "divergence"):
+        for kind, shape in dims.items():
+            values = rng.normal(size=(T, *shape, N_TEMPLATES))
+            values[np.arange(T) != T - 2] = np.nan
+            if kind == "patched":
+                values[:, 2] = values[:, :, :, 6] = np.nan  # no counterfactuals of a file; nothing to be matched
+            its = ("step", *first[kind], "side", "choice", "template")
+            variables[f"directions/{kind}/{effect}"] = (its, values)
+        for side in ("query", "key"):
+            for end in ("", "_strongest_control", "_matched"):
+                values = rng.normal(size=(T, N_TEMPLATES))
+                variables[f"template/directions/{side}/{effect}{end}"] = (("step", "template"), values)
+    variables["directions/query/heads_beyond_controls"] = ("step", np.arange(T) / 1.0)
+    variables["directions/key/heads_beyond_controls"] = ("step", np.arange(T)[::-1] / 1.0)
+    variables["directions/numbers"] = (("step", "n_directions"), np.tile([1, 4], (T, 1)).astype(np.int32))
+    variables["directions/layer_head"] = (("step", "direction_head"), task.astype(np.int32))
+    return variables
 
 
 def toy():
