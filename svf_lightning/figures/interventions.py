@@ -152,6 +152,7 @@ def draw_interventions(data: DirectionEffects) -> go.Figure:
             if i == n_rows - 1:
                 drawn.update_xaxes(title_text=title, row=i + 1, col=column)
     drawn.update_yaxes(tickvals=place, ticktext=[f"{choice} " for choice in data.choice], range=[-0.6, place[0] + 0.6])
+    drawn.update_yaxes(title_text="directions", col=1)
     drawn.update_annotations(xanchor="left", x=0, font={"size": 13})
     margin = {**MARGIN, "l": 190, "t": 150}
     return finish(
