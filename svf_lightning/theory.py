@@ -32,6 +32,16 @@ class AlignmentBound(NamedTuple):
     bound: Float[Tensor, "..."]  # 2 sqrt(k) / (1 + k), in (0, 1]
     interference: Float[Tensor, "..."]  # ||E_X||_2 of the unit columns, >= 0
     condition: Float[Tensor, "..."]  # k, largest over smallest non-zero eigenvalue of Sigma, >= 1
+    by_interference: Float[Tensor, "..."]  # interference_bound of the interference, in [0, 1]; 0 where it says nothing
+
+
+class BestOfRank(NamedTuple):
+    """The head of limited rank that comes closest to a template (capacity; Appendix E)."""
+
+    omega: Float[Tensor, "... D D"]  # of rank H at most, in logits per squared feature length
+    logits: Float[Tensor, "... Nx Ny"]  # X^T omega Y: what every pair gets, in nats
+    spectrum: Float[Tensor, "... r"]  # singular values of the whitened target, descending, in nats; r = min(D, Nx, Ny)
+    lost: Float[Tensor, "..."]  # share of ||T||_F^2 that no head of this rank can give, in [0, 1]; NaN for T = 0
 
 
 class AttentionPressure(NamedTuple):
@@ -73,22 +83,64 @@ def optimal_omega(
     Raises:
         InputError: The shapes do not fit each other, or rtol is out of range.
     """
-    _check_matrices(X=X, Y=Y)
-    if X.shape[-2] != Y.shape[-2]:
-        raise bad_value(
-            "Y.shape",
-            tuple(Y.shape),
-            f"[..., {X.shape[-2]}, Ny], as X has D = {X.shape[-2]}",
-            "use one residual stream",
-        )
-    pairs = (X.shape[-1], Y.shape[-1])
-    if T.shape[-2:] != pairs:
-        raise bad_value("T.shape", tuple(T.shape), f"[..., {pairs[0]}, {pairs[1]}], from X and Y", "one row per x_i")
-    _check_batch(X=X, T=T, Y=Y)
+    _check_pair_shapes(X, T, Y)
     left, right = _pinv(X, rtol).mT, _pinv(Y, rtol)
     broken = ~torch.isfinite(T).flatten(-2).all(-1)  # an Inf would leave some entries finite, and the result wrong
     omega = (left @ T.double() @ right).masked_fill(broken[..., None, None], torch.nan)
     return omega.to(torch.promote_types(torch.promote_types(X.dtype, T.dtype), Y.dtype))
+
+
+def best_of_rank(
+    X: Float[Tensor, "... D Nx"],
+    T: Float[Tensor, "... Nx Ny"],
+    Y: Float[Tensor, "... D Ny"],
+    rank: int,
+    *,
+    rtol: float | None = None,
+) -> BestOfRank:
+    """The Omega of rank <= H and least norm that minimizes ``sum_ij (x_i^T Omega y_j - T_ij)^2``: what a head can hold.
+
+    With ``X = U_x S_x V_x^T`` and ``Y = U_y S_y V_y^T`` the logits are ``V_x M V_y^T`` with ``M = S_x U_x^T Omega U_y
+    S_y``, any matrix of that rank. So the sum is ``||M - K||_F^2`` plus a constant, with the whitened target
+    ``K = V_x^T T V_y``, and M is K cut off after its H largest singular values (Eckart and Young). For H >= rank(T)
+    this is :func:`optimal_omega`.
+
+    Not defined in the paper, which asks what happens with more pairs than dimensions (Appendix E) and answers by
+    training. All pairs count alike here: the cross-entropy of a training weighs a pair by how often it occurs, and by
+    its competitors.
+
+    Args:
+        X: Query-side features.
+        T: Target logits of all pairs, in nats.
+        Y: Key-side features.
+        rank: H, dimension of the head, >= 1. Where the H-th and the next singular value of K are equal, many heads are
+            the best, and this is one of them.
+        rtol: Rank tolerance for X and Y, in [0, 1); None for the default of this module.
+
+    Returns:
+        The head, its logits, the spectrum that H cuts, and what is lost.
+
+    Raises:
+        InputError: The shapes do not fit each other, rank < 1, or rtol is out of range.
+    """
+    _check_pair_shapes(X, T, Y)
+    if rank < 1:
+        raise bad_value("rank", rank, "an integer >= 1", "pass the dimension of the head")
+    x, y = _truncated_svd(X, rtol), _truncated_svd(Y, rtol)
+    kept_x, kept_y = ((factors.inverse != 0).double()[..., None, :] for factors in (x, y))
+    target = T.double()
+    broken = ~torch.isfinite(target).flatten(-2).all(-1)[..., None, None]
+    K = (x.V * kept_x).mT @ target @ (y.V * kept_y)
+    U, S, V = verified_svd(K)
+    M = (U[..., :rank] * S[..., None, :rank]) @ V[..., :rank].mT
+    to_query = x.U * (x.inverse / x.scale[..., None])[..., None, :]
+    to_key = y.U * (y.inverse / y.scale[..., None])[..., None, :]
+    omega = (to_query @ M @ to_key.mT).masked_fill(broken, torch.nan)
+    logits = ((x.V * kept_x) @ M @ (y.V * kept_y).mT).masked_fill(broken, torch.nan)
+    whole = target.square().sum((-2, -1))
+    lost = (1 - S[..., :rank].square().sum(-1) / whole).clamp(0, 1)  # 0 / 0 for T = 0
+    dtype = torch.promote_types(torch.promote_types(X.dtype, T.dtype), Y.dtype)
+    return BestOfRank(omega.to(dtype), logits.to(dtype), S.to(dtype), lost.to(dtype))
 
 
 def whitened(
@@ -183,6 +235,33 @@ def token_covariance(tokens: Float[Tensor, "... n D"], *, centred: bool = True) 
     return covariance.masked_fill(broken[..., None, None], torch.nan).to(tokens.dtype)
 
 
+def interference_bound(interference: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The least alignment that ``||E_X||_2`` leaves, whatever the features (Theorem 2): ``sqrt(1 - ||E_X||^2)``.
+
+    Derived here; the paper's own constant is not known. Below 1, the Gram matrix ``G = I + E_X`` of the unit columns is
+    invertible, so the features are independent (N <= D), ``Sigma^+ x_i`` is parallel to ``X G^-1 e_i`` whatever their
+    lengths, and ``cos(Sigma^+ x_i, x_i) = 1 / sqrt((G^-1)_ii)``. As ``G_ii = 1`` and G has its eigenvalues between
+    ``1 - ||E_X||`` and ``1 + ||E_X||``, Kantorovich's inequality gives ``(G^-1)_ii <= 1 / (1 - ||E_X||^2)``. Two unit
+    vectors of cosine c have ``||E_X|| = c`` and reach it.
+
+    From 1 on there is no such bound, and the value is 0. More features than dimensions always have ``||E_X|| >= 1``
+    (and at least N/D - 1), so this is every case of superposition, with the paper's 10 to 55 for GPT-2. There the norm
+    says how large the largest eigenvalue of ``Sigma = X X^T`` is and nothing of the smallest one, and ``Sigma^-1``
+    amplifies what is smallest: of any N > D - 1 unit features in D - 1 dimensions, given a component of size epsilon in
+    one more dimension, ``||E_X||`` hardly changes, and every cosine goes to 0 with epsilon. What does bound them is the
+    condition of Sigma (:func:`alignment_bound`): ``2 sqrt(k) / (1 + k) = sqrt(1 - e^2)`` with
+    ``e = min_c ||Sigma / c - I|| = (k - 1) / (k + 1)``, the distance from a tight frame, which for a frame of N > D
+    features takes the place that ``||E_X||``, the distance from orthonormal features, has here.
+
+    Args:
+        interference: ``||E_X||_2`` of unit columns, >= 0 (:func:`~svf_lightning.metrics.interference`).
+
+    Returns:
+        Unitless, in [0, 1]; NaN for NaN.
+    """
+    return (1 - interference.square()).clamp_min(0).sqrt()
+
+
 def alignment_bound(features: Float[Tensor, "... D N"], *, rtol: float | None = None) -> AlignmentBound:
     """Predicted alignment of every feature, and the least that anisotropy can leave of it (Theorem 2).
 
@@ -195,8 +274,9 @@ def alignment_bound(features: Float[Tensor, "... D N"], *, rtol: float | None = 
         rtol: Rank tolerance, in [0, 1); None for the default of this module.
 
     Returns:
-        All unitless. A column that is 0, or outside the span at this tolerance, has no direction and NaN for its
-        cosine; features that are all 0 have NaN for bound and condition too.
+        All unitless; the last one is the bound that ``||E_X||`` gives by itself (:func:`interference_bound`). A column
+        that is 0, or outside the span at this tolerance, has no direction and NaN for its cosine; features that are
+        all 0 have NaN for bound and condition too.
 
     Raises:
         InputError: There is no feature, or rtol is out of range.
@@ -210,7 +290,8 @@ def alignment_bound(features: Float[Tensor, "... D N"], *, rtol: float | None = 
     relative = (factors.inverse * factors.S[..., :1]).square()[..., None]
     along = (c.square() * relative).sum(-2)
     cosine = along / ((c * relative).square().sum(-2).sqrt() * c.square().sum(-2).sqrt())  # 0 / 0 for no direction
-    values = (cosine.clamp_max(1), 2 / (spread + 1 / spread), interference(features.double()), spread.square())
+    norm = interference(features.double())
+    values = (cosine.clamp_max(1), 2 / (spread + 1 / spread), norm, spread.square(), interference_bound(norm))
     return AlignmentBound(*(value.to(features.dtype) for value in values))
 
 
@@ -350,6 +431,21 @@ def _coordinates(factors: _Factors, features: Float[Tensor, "... D N"]) -> Float
 def _pinv(matrix: Float[Tensor, "... n m"], rtol: float | None) -> Float[Tensor, "... m n"]:
     factors = _truncated_svd(matrix, rtol)
     return (factors.V * factors.inverse[..., None, :]) @ factors.U.mT / factors.scale[..., None, None]
+
+
+def _check_pair_shapes(X: Tensor, T: Tensor, Y: Tensor) -> None:
+    _check_matrices(X=X, Y=Y)
+    if X.shape[-2] != Y.shape[-2]:
+        raise bad_value(
+            "Y.shape",
+            tuple(Y.shape),
+            f"[..., {X.shape[-2]}, Ny], as X has D = {X.shape[-2]}",
+            "use one residual stream",
+        )
+    pairs = (X.shape[-1], Y.shape[-1])
+    if T.shape[-2:] != pairs:
+        raise bad_value("T.shape", tuple(T.shape), f"[..., {pairs[0]}, {pairs[1]}], from X and Y", "one row per x_i")
+    _check_batch(X=X, T=T, Y=Y)
 
 
 def _check_matrices(**matrices: Tensor) -> None:

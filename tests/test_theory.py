@@ -12,6 +12,8 @@ from svf_lightning.metrics import interference, unit_features
 from svf_lightning.theory import (
     alignment_bound,
     attention_pressure,
+    best_of_rank,
+    interference_bound,
     optimal_omega,
     orthogonality_residual,
     token_covariance,
@@ -225,6 +227,71 @@ def test_tight_frame_and_one_pair_give_the_features_as_singular_vectors():
     assert_parallel(V[:, :1], X[:, 1:2])
 
 
+# --- heads of limited rank
+
+
+@SETTINGS
+@given(seed=SEEDS, rank=st.integers(1, 6), n_model=st.integers(2, 6), n_x=st.integers(2, 9), n_y=st.integers(2, 9))
+def test_best_head_of_a_rank_reaches_the_loss_that_eckart_and_young_give(seed, rank, n_model, n_x, n_y):
+    X, Y, T = randn(n_model, n_x, seed=seed), randn(n_model, n_y, seed=seed + 1), randn(n_x, n_y, seed=seed + 2)
+    got = best_of_rank(X, T, Y, rank)
+    P_x, P_y = (np.linalg.pinv(M.numpy(), rcond=1e-9) @ M.numpy() for M in (X, Y))
+    singular = np.linalg.svd(P_x @ T.numpy() @ P_y, compute_uv=False)  # the logits that any head can reach
+    assert_close(got.spectrum, singular[: got.spectrum.shape[-1]], 1e-8)
+    least = (T**2).sum().item() - (singular[:rank] ** 2).sum()
+    loss = (X.mT @ got.omega @ Y - T).square().sum()
+    assert_close(loss, least, 1e-8)
+    assert_close(got.lost, least / (T**2).sum().item(), 1e-8)
+    assert_close(got.logits, X.mT @ got.omega @ Y, 1e-7)
+    assert (verified_svd(got.omega)[1] > 1e-9 * got.omega.norm()).sum() <= rank
+
+
+def test_no_head_of_two_factors_that_is_trained_does_better():
+    """Gradient descent on W_Q and W_K themselves, from several starts."""
+    X, Y, T = randn(5, 12, seed=0), randn(5, 9, seed=1), randn(12, 9, seed=2)
+    got = best_of_rank(X, T, Y, 2)
+    losses = []
+    for start in range(4):
+        factors = [randn(5, 2, seed=10 * start + k).requires_grad_() for k in (3, 4)]
+        optimizer = torch.optim.LBFGS(factors, max_iter=800, tolerance_grad=1e-11, tolerance_change=0, history_size=20)
+
+        def loss(factors=factors, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = (X.mT @ factors[0] @ factors[1].mT @ Y - T).square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        losses.append(loss().item())
+        if losses[-1] == min(losses):
+            trained = (factors[0] @ factors[1].mT).detach()
+    least = (got.logits - T).square().sum().item()
+    assert min(losses) >= least - 1e-9
+    assert min(losses) == pytest.approx(least, rel=1e-6)
+    assert_close(trained, got.omega, 1e-3)
+
+
+def test_a_head_of_full_rank_is_the_optimum_and_one_of_rank_h_serves_the_strongest_pairs_of_orthonormal_features():
+    X, Y, T = randn(5, 11, seed=0), randn(5, 7, seed=1), randn(11, 7, seed=2)
+    assert_close(best_of_rank(X, T, Y, 5).omega, optimal_omega(X, T, Y))
+    assert_close(best_of_rank(X, T, Y, 99).omega, optimal_omega(X, T, Y))
+    W = orthonormal(8, 8, seed=0)
+    targets = torch.zeros(8, 8, dtype=torch.float64)
+    targets[range(4), range(4, 8)] = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    got = best_of_rank(W, targets, W, 2)
+    assert_close(got.logits[range(4), range(4, 8)], [4.0, 3.0, 0.0, 0.0])
+    assert got.lost.item() == pytest.approx(5 / 30)
+
+
+def test_a_rank_below_one_is_an_input_error_and_a_template_of_zero_loses_nothing_that_is_known():
+    X = randn(3, 4, seed=0)
+    with pytest.raises(InputError, match=r"rank=0 .*integer >= 1"):
+        best_of_rank(X, torch.zeros(4, 4, dtype=torch.float64), X, 0)
+    got = best_of_rank(X, torch.zeros(4, 4, dtype=torch.float64), X, 2)
+    assert got.lost.isnan()
+    assert (got.omega == 0).all()
+
+
 # --- whitening and un-whitening
 
 
@@ -420,6 +487,49 @@ def test_tight_frame_plus_a_cone_direction_has_the_measured_alignment(share, nor
     assert got.cosine.mean().item() == pytest.approx(cosine, abs=0.015)
 
 
+@SETTINGS
+@given(seed=SEEDS, n_model=st.integers(2, 24), n_features=st.integers(1, 8), spread=st.floats(0, 3))
+def test_no_feature_is_less_aligned_than_its_interference_allows(seed, n_model, n_features, spread):
+    lengths = torch.exp(spread * randn(n_features, seed=seed + 1))
+    X = lengths * unit_features(randn(n_model, n_features, seed=seed))
+    got = alignment_bound(X, rtol=1e-12)
+    assert (got.cosine >= got.by_interference - 1e-9).all()
+    assert_close(got.by_interference, interference_bound(interference(X)))
+    if n_features > n_model:
+        assert got.by_interference == 0
+
+
+@SETTINGS
+@given(seed=SEEDS, n_features=st.integers(2, 7), norm=st.floats(0.01, 0.99))
+def test_any_interference_below_one_has_features_that_reach_its_bound(seed, n_features, norm):
+    gram = torch.eye(n_features, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = norm  # two features of this cosine, others orthogonal to all
+    X = orthonormal(9, n_features, seed=seed) @ torch.linalg.cholesky(gram).mT
+    got = alignment_bound(X)
+    assert got.interference.item() == pytest.approx(norm, abs=1e-9)
+    assert got.cosine[0].item() == pytest.approx(np.sqrt(1 - norm**2), abs=1e-9)
+    assert got.by_interference.item() == pytest.approx(np.sqrt(1 - norm**2), abs=1e-9)
+
+
+@SETTINGS
+@given(seed=SEEDS, n_model=st.integers(1, 6), more=st.integers(1, 30), strength=st.floats(0, 3))
+def test_with_more_features_than_dimensions_any_interference_leaves_room_for_no_alignment(
+    seed, n_model, more, strength
+):
+    """A small component in one more dimension takes all cosines to zero, and leaves the interference as it was."""
+    n_features = n_model + more
+    X = unit_features(randn(n_model, n_features, seed=seed) + strength)
+    sign = torch.where(randn(1, n_features, seed=seed + 1) > 0, 1.0, -1.0).double()
+    tilted = [alignment_bound(unit_features(torch.cat([X, small * sign], 0)), rtol=0) for small in (1e-5, 1e-6)]
+    for got in tilted:
+        assert got.interference.item() == pytest.approx(interference(X).item(), rel=1e-6)
+        assert got.by_interference < 1e-3
+    # the new coordinate of Sigma^-1 x is of order 1/small where the signs are no combination of the other rows
+    free = sign - sign @ torch.linalg.pinv(X) @ X
+    if (free.abs() > 0.05).all():
+        assert tilted[1].cosine.max() < 0.2 * tilted[0].cosine.max() < 1e-2
+
+
 def test_feature_without_a_direction_has_no_cosine_and_leaves_the_bound_alone():
     X = randn(7, 5, seed=0)
     padded = torch.cat([X, torch.zeros(7, 1, dtype=torch.float64)], -1)
@@ -582,6 +692,7 @@ FUNCTIONS = {
     "unwhitened": (unwhitened, [(5, 3), (5, 5)]),
     "token_covariance": (token_covariance, [(23, 5)]),
     "alignment_bound": (alignment_bound, [(5, 11)]),
+    "best_of_rank": (lambda X, T, Y: best_of_rank(X, T, Y, 2), [(5, 11), (11, 7), (5, 7)]),
     "attention_pressure": (attention_pressure, [(5, 11), (5, 5), (11, 11)]),
     "orthogonality_residual": (
         lambda W, omega: orthogonality_residual(W, omega, PAIR.to(W.device), threshold=0),

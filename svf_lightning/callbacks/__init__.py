@@ -3,6 +3,7 @@
 from svf_lightning.callbacks.attention_over_words import AttentionOverWords
 from svf_lightning.callbacks.attention_sparsity import AttentionSparsity
 from svf_lightning.callbacks.base import Measured, Measurement, ProbeMetric, RowSink, quantities_of
+from svf_lightning.callbacks.capacity import Capacity
 from svf_lightning.callbacks.capture import Capture
 from svf_lightning.callbacks.causal_ablation import CausalAblation
 from svf_lightning.callbacks.checkpoint_table import CheckpointTable
@@ -21,6 +22,7 @@ from svf_lightning.rows import Rows
 __all__ = [
     "AttentionOverWords",
     "AttentionSparsity",
+    "Capacity",
     "Capture",
     "CausalAblation",
     "CheckpointTable",

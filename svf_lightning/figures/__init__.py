@@ -13,6 +13,7 @@ from svf_lightning.figures.geometry import fig_1a, fig_1b
 from svf_lightning.figures.singular_vectors import fig_2a, fig_2b, pair_map
 from svf_lightning.figures.over_time import alignment_over_time, cone_over_time, fig_3, spectrum_over_time
 from svf_lightning.figures.settings import across_runs, against, against_lambda, along_axis, fig_4
+from svf_lightning.figures.capacity import capacity
 from svf_lightning.figures.heads import by_offset, head_shares
 from svf_lightning.figures.sparsity import fig_7a, fig_7b, sparsity_over_time
 from svf_lightning.figures.histograms import fig_8, fig_9
@@ -31,6 +32,7 @@ __all__ = [
     "along_axis",
     "as_table",
     "by_offset",
+    "capacity",
     "causal",
     "cone_over_time",
     "draw_all",

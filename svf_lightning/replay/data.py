@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from svf_lightning.errors import CheckpointError, InputError, bad_value, shortened
-from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, ioi_prompts, read_prompts
+from svf_lightning.errors import CheckpointError, InputError, bad_value, closest, shortened
+from svf_lightning.replay.ioi_wang import wang_prompts
+from svf_lightning.replay.prompts import PROMPT_FILES, Prompt, PromptBatch, batches, ioi_prompts, read_prompts
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource
 from svf_lightning.run.ledger import Ledger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IOI = "ioi"
+IOI, IOI_WANG = "ioi", "ioi_wang"
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class ReplayData(pl.LightningDataModule):
 
     Args:
         source: Where the checkpoints come from.
-        prompts: "ioi" (indirect object identification; Wang et al. 2022), or a .jsonl or .csv file with the fields
-            text, query, key, correct, wrong.
-        n_prompts: Number of IOI prompts.
+        prompts: "ioi" (indirect object identification, our own sentences), "ioi_wang" (those of Wang et al. 2022, in
+            both orders, ABBA and BABA), or a .jsonl or .csv file with the fields text, query, key, correct, wrong and
+            template.
+        n_prompts: Number of IOI prompts; with "ioi_wang", of each of its two orders.
         batch_size: Prompts that go through the model together.
         seed: Seed of the IOI prompts.
         prepend_bos: Begin prompts with the beginning-of-sequence token; null: as the tokenizer does.
@@ -99,7 +101,20 @@ class ReplayData(pl.LightningDataModule):
     def _read(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         if self.prompts_from == IOI:
             return ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
+        if self.prompts_from == IOI_WANG:
+            return wang_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
+        if Path(self.prompts_from).suffix not in PROMPT_FILES:
+            raise bad_value(
+                "prompts", self.prompts_from, f"{IOI}, {IOI_WANG}, or a {' or '.join(PROMPT_FILES)} file",
+                closest(self.prompts_from, (IOI, IOI_WANG)) or "change --data.prompts",
+            )  # fmt: skip
         return read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
+
+    @property
+    def own_templates(self) -> list[int]:
+        """The template of each prompt where the prompts' file names templates; empty otherwise."""
+        templates = [prompt.template for prompt in self.prompts]
+        return templates if self.prompts_from not in (IOI, IOI_WANG) and max(templates) >= 0 else []
 
     def check_tokenizer(self, ref: CheckpointRef) -> None:
         """Check that a checkpoint's own tokenizer, if it has one, reads the prompts as the shared one does.

@@ -103,6 +103,7 @@ class CheckpointReplay(pl.LightningModule):
             "dtype": self.dtype_name,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
+            **({"templates": templates} if (templates := data.own_templates) else {}),
             "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }

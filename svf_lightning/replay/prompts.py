@@ -73,8 +73,10 @@ TEMPLATES = (
 
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
 _FIELDS = ("text", "query", "key", "correct", "wrong")
+_OPTIONAL = ("query", "template", "counterfactual")
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
 _THIRD_NAMES = 1  # key of their draws
+PROMPT_FILES = (".jsonl", ".csv")
 _MAX_BYTES = 16 << 20  # of a file: every prompt is kept in memory, with its scores
 
 
@@ -161,8 +163,9 @@ class PromptBatch:
 class IOISentence(NamedTuple):
     """An IOI sentence without its last word, which is ``io``.
 
-    ``template`` is an index into ``TEMPLATES``. ``order`` is "ABBA" if IO is named first (Mary and John ... John gave
-    it to), "BABA" if S is (John and Mary ... John gave it to).
+    ``template`` is an index into the templates that it was made from: ``TEMPLATES``, or ``WANG_TEMPLATES``.
+    ``order`` is "ABBA" if IO is named first (Mary and John ... John gave it to), "BABA" if S is (John and Mary ... John
+    gave it to).
     """
 
     text: str
@@ -201,9 +204,7 @@ def ioi_sentences(
     Raises:
         InputError: A word list is too short or names a word twice, or allows fewer than n distinct sentences.
     """
-    for label, words, least in (("names", names, 2), ("places", places, 1), ("objects", objects, 1)):
-        if len(words) < least or len(set(words)) < len(words):
-            raise bad_value(label, list(words), f"at least {least} distinct words", "add words, and each one once")
+    check_words(names, places, objects)
     if seed < 0:
         raise bad_value("seed", seed, "an integer >= 0", "choose another seed")
     n_templates, n_choices = len(TEMPLATES), _n_choices(names, places, objects)
@@ -238,6 +239,17 @@ def ioi_sentences(
     return sentences
 
 
+def check_words(names: Sequence[str], places: Sequence[str], objects: Sequence[str]) -> None:
+    """Check that sentences can be made of these words.
+
+    Raises:
+        InputError: There are too few, or one of them is there twice.
+    """
+    for label, words, least in (("names", names, 2), ("places", places, 1), ("objects", objects, 1)):
+        if len(words) < least or len(set(words)) < len(words):
+            raise bad_value(label, list(words), f"at least {least} distinct words", "add words, and each one once")
+
+
 def _n_choices(names: Sequence[str], places: Sequence[str], objects: Sequence[str]) -> int:
     """Number of sentences that one template allows in one order."""
     return len(names) * (len(names) - 1) * len(places) * len(objects)
@@ -267,13 +279,45 @@ def ioi_prompts(
     """
     if n_prompts < 1:
         raise bad_value("n_prompts", n_prompts, "an integer >= 1", "ask for at least one prompt")
-    words = _single_tokens(tokenizer, n_prompts)
+    words, counts = single_tokens(tokenizer, {"names": NAMES, "places": PLACES, "objects": OBJECTS})
+    most = 2 * len(TEMPLATES) * _n_choices(**words)
+    if n_prompts > most:
+        raise InputError(
+            f"n_prompts={n_prompts} is more than this tokenizer allows: {counts}, and at least 2 names, 1 place and "
+            "1 object must be. Allowed: "
+            + (f"1..{most} distinct prompts. Fix: ask for fewer, or " if most else "no IOI prompt at all. Fix: ")
+            + f"{_OWN_PROMPTS}."
+        )
     sentences = ioi_sentences(n_prompts, seed=seed, **words)
+    return prompts_of(tokenizer, sentences, prepend_bos, names=words["names"], seed=seed)
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[IOISentence],
+    prepend_bos: bool | None = None,
+    *,
+    names: Sequence[str],
+    seed: int,
+) -> list[Prompt]:
+    """IOI sentences as prompts: the last token asks, IO's is attended to, and IO and S are the two answers.
+
+    Args:
+        tokenizer: A fast tokenizer, which can tell the characters of each token.
+        sentences: At least one.
+        prepend_bos: As for `ioi_prompts`.
+        names: Names to draw the third one of the counterfactual "abc" from, single tokens.
+        seed: Of these draws, >= 0.
+
+    Raises:
+        InputError: A name is more than one token somewhere, the tokenizer is not a fast one, or it has neither BOS nor
+            EOS to prepend.
+    """
     encodings = _encode(tokenizer, [sentence.text for sentence in sentences], prepend_bos)
     rng = np.random.default_rng([seed, _THIRD_NAMES])
     prompts = []
     for sentence, encoding in zip(sentences, encodings, strict=True):
-        others = [name for name in words["names"] if name not in (sentence.io, sentence.s)]
+        others = [name for name in names if name not in (sentence.io, sentence.s)]
         third = others[rng.integers(len(others))] if others else None
         prompts.append(_ioi_prompt(tokenizer, sentence, encoding, third))
     return prompts
@@ -319,9 +363,18 @@ def _replaced(ids: tuple[int, ...], changes: Mapping[int, tuple[int, int]]) -> t
     return tuple(changes[at][1] if at in changes else token for at, token in enumerate(ids))
 
 
-def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[str, list[str]]:
-    """The names, places and objects that are single tokens, if they are enough for n_prompts distinct prompts."""
-    candidates = {"names": NAMES, "places": PLACES, "objects": OBJECTS}
+def single_tokens(
+    tokenizer: PreTrainedTokenizerBase, candidates: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[str]], str]:
+    """The words that are single tokens after a space; of "names", those that are one token as an answer as well.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        candidates: Words by kind: "names", "places", "objects".
+
+    Returns:
+        The words that are left, by kind, and how many of how many these are, in words, with an example of each kind.
+    """
     kept: dict[str, list[str]] = {}
     examples: dict[str, str] = {}
     for label, words in candidates.items():
@@ -335,17 +388,8 @@ def _single_tokens(tokenizer: PreTrainedTokenizerBase, n_prompts: int) -> dict[s
                 kept[label].append(word)
             else:
                 examples.setdefault(label, f"{word!r} becomes {pieces}")
-    most = 2 * len(TEMPLATES) * _n_choices(**kept)
-    if n_prompts > most:
-        counts = ", ".join(f"{len(kept[label])} of {len(words)} {label}" for label, words in candidates.items())
-        raise InputError(
-            f"n_prompts={n_prompts} is more than this tokenizer allows: {counts} are single tokens"
-            + (f" ({'; '.join(examples.values())})" if examples else "")
-            + ", and at least 2 names, 1 place and 1 object must be. Allowed: "
-            + (f"1..{most} distinct prompts. Fix: ask for fewer, or " if most else "no IOI prompt at all. Fix: ")
-            + f"{_OWN_PROMPTS}."
-        )
-    return kept
+    counts = ", ".join(f"{len(kept[label])} of {len(words)} {label}" for label, words in candidates.items())
+    return kept, f"{counts} are single tokens" + (f" ({'; '.join(examples.values())})" if examples else "")
 
 
 # --- files
@@ -363,6 +407,11 @@ def read_prompts(
     - ``key``: the attended token, not after the query.
     - ``correct``, ``wrong``: the two next words, each a single token after the text and a space; the space may be
       written or not.
+    - ``template``: which prompts are variations of one sentence: the same name (or whole number) for all of them. May
+      be left out; a prompt where it is empty is a sentence of its own. Intervals are over templates, as prompts of one
+      template are no independent sample.
+    - ``counterfactual``: another text of as many tokens, to patch inputs of heads from (DirectionIntervention). May be
+      left out; it is used if every prompt of a batch has one.
 
     A word is found however its accents are written, as one character (NFC) or as a letter and a mark (NFD). The model
     reads the text as the file has it.
@@ -384,9 +433,14 @@ def read_prompts(
     path = Path(path)
     prompts: list[Prompt] = []
     first_line: dict[Prompt, int] = {}
+    templates: dict[str, int] = {}
     repeated: list[tuple[int, int]] = []
     for line, row in _rows(path):
-        prompt = _read_prompt(f"{path}, line {line}", row, tokenizer, prepend_bos)
+        where = f"{path}, line {line}"
+        prompt = _read_prompt(where, row, tokenizer, prepend_bos)
+        name = _template_name(f"{where}: template", row.get("template"))
+        if name:
+            prompt = dataclasses.replace(prompt, template=templates.setdefault(name, len(templates)))
         prompts.append(prompt)
         if first_line.setdefault(prompt, line) != line:
             repeated.append((line, first_line[prompt]))
@@ -401,7 +455,7 @@ def read_prompts(
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number of the first line, and the fields, of each prompt in a file."""
-    if path.suffix not in (".jsonl", ".csv"):
+    if path.suffix not in PROMPT_FILES:
         raise bad_value("prompts", str(path), "a .jsonl or .csv file", "rename or convert the file")
     if not path.is_file():
         raise bad_value("prompts", str(path), "a file that exists", "check the path")
@@ -471,20 +525,31 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _check_fields(where: str, fields: Iterable[str]) -> None:
     fields = list(fields)
-    allowed = ", ".join(_FIELDS) + " (query may be left out)"
+    known = dict.fromkeys((*_FIELDS, *_OPTIONAL))
+    allowed = ", ".join(known) + f" ({', '.join(_OPTIONAL)} may be left out)"
     for field in fields:
-        if field not in _FIELDS or fields.count(field) > 1:
-            fix = closest(field, set(_FIELDS) - set(fields)) or "delete it"
+        if field not in known or fields.count(field) > 1:
+            fix = closest(field, set(known) - set(fields)) or "delete it"
             raise bad_value(f"{where}: field", field, f"{allowed}, each once", fix)
-    missing = [field for field in _FIELDS if field not in fields and field != "query"]
+    missing = [field for field in _FIELDS if field not in fields and field not in _OPTIONAL]
     if missing:
         raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
+
+
+def _template_name(where: str, given: Any) -> str:
+    """The name of a template, or an empty string for none; 3 and "3" are the same one, as in a .csv file."""
+    _check_characters(where, given)
+    if given is None:
+        return ""
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise bad_value(where, given, "a name, or a whole number", "give prompts of one sentence the same name")
+    return str(given).strip()
 
 
 def _read_prompt(
     where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None
 ) -> Prompt:
-    for field in _FIELDS:
+    for field in (*_FIELDS, "counterfactual"):
         _check_characters(f"{where}: {field}", row.get(field))
     text = row["text"]
     if not isinstance(text, str) or not text.strip() or text != text.rstrip():
@@ -512,7 +577,24 @@ def _read_prompt(
         answers.append(answer)
     if answers[0] == answers[1]:
         raise bad_value(f"{where}: wrong", row["wrong"], "another token than correct", "choose another word")
-    return Prompt(text, encoding.ids, query, key, answers[0], answers[1], spans=tuple(encoding.spans))
+    return Prompt(
+        text, encoding.ids, query, key, answers[0], answers[1], spans=tuple(encoding.spans),
+        counterfactuals=_counterfactual(where, row.get("counterfactual"), tokenizer, encoding, prepend_bos),
+    )  # fmt: skip
+
+
+def _counterfactual(
+    where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, prepend_bos: bool | None
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The other text that a file gives for a prompt, if it gives one."""
+    if given in (None, ""):
+        return ()
+    n = len(encoding.ids)
+    ids = _encode(tokenizer, [given], prepend_bos)[0].ids if isinstance(given, str) else ()
+    if len(ids) != n:
+        allowed = f"a text of {n} tokens, as the prompt" + (f" (it has {len(ids)})" if ids else "")
+        raise bad_value(f"{where}: counterfactual", given, allowed, "change words, not their number, or leave it out")
+    return (("counterfactual", ids),)
 
 
 def _check_characters(where: str, value: object) -> None:

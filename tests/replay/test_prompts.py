@@ -9,6 +9,7 @@ import tracemalloc
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from svf_lightning.errors import InputError
+from svf_lightning.replay import CheckpointReplay, FolderCheckpoints, ReplayData
 from svf_lightning.replay.prompts import (
     NAMES,
     OBJECTS,
@@ -446,6 +448,19 @@ def test_prompts_of_a_file_are_those_of_ioi_if_it_says_the_same(tmp_path, tokeni
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_file_may_give_another_text_of_as_many_tokens_to_patch_from(tmp_path, suffix):
+    tokenizer = sentence_piece()
+    other = TEXT.replace("John", "Paul")
+    path = write(tmp_path / f"p{suffix}", {**GOOD, "counterfactual": other}, {**GOOD, "counterfactual": ""})
+    first, second = read_prompts(path, tokenizer)
+    assert first.counterfactuals == (("counterfactual", tuple(tokenizer(other).input_ids)),)
+    assert second.counterfactuals == ()
+    path = write(tmp_path / f"q{suffix}", {**GOOD, "counterfactual": f"Yesterday {TEXT}"})
+    with pytest.raises(InputError, match=r"line \d+: counterfactual=.* tokens, as the prompt \(it has"):
+        read_prompts(path, tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 @pytest.mark.parametrize("bos", [None, True, False])
 def test_positions_of_a_file_count_special_tokens(tmp_path, suffix, bos):
     tokenizer = sentence_piece()
@@ -469,6 +484,35 @@ def test_a_query_left_out_is_the_last_token_of_the_text(tmp_path, query):
     assert decoded(tokenizer, prompt.tokens[14]) == "to"
     (prompt,) = read_prompts(write(tmp_path / "p.csv", {**GOOD, "query": ""}), tokenizer)
     assert prompt.query == 14
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_prompts_with_the_same_template_in_the_file_share_its_number(tmp_path, words, suffix):
+    names = ["went to", 7, "", "went to", " 7 ", "went  to"]
+    path = write(tmp_path / f"p{suffix}", *({**GOOD, "template": name} for name in names))
+    assert [prompt.template for prompt in read_prompts(path, words)] == [0, 1, -1, 0, 1, 2]
+
+
+def test_a_file_without_templates_has_prompts_of_their_own(tmp_path, words):
+    rows = (GOOD, {**GOOD, "template": None}, {**GOOD, "template": 3})
+    assert [prompt.template for prompt in read_prompts(write(tmp_path / "p.jsonl", *rows), words)] == [-1, -1, 0]
+
+
+def test_a_run_is_about_the_templates_of_its_file(suite, tmp_path):
+    source = FolderCheckpoints(suite)
+    rows = [{"text": p.text, "key": p.key, "correct": s.io, "wrong": s.s}
+            for p, s in zip(ioi_prompts(source.tokenizer(), 6), ioi_sentences(6, seed=0), strict=True)]  # fmt: skip
+    trainer = SimpleNamespace(callbacks=[])
+
+    def identity(*names):
+        path = write(tmp_path / "p.jsonl", *({**row, **name} for row, name in zip(rows, names, strict=True)))
+        return CheckpointReplay().identity(trainer, ReplayData(source, prompts=str(path)))
+
+    without, same = identity(*[{}] * 6), identity(*[{"template": "a"}] * 6)
+    assert "templates" not in without
+    assert same["templates"] == [0] * 6
+    assert sorted(identity(*({"template": i % 2} for i in range(6)))["templates"]) == [0, 0, 0, 1, 1, 1]
+    assert without == {name: value for name, value in same.items() if name != "templates"}
 
 
 def test_blank_lines_a_bom_commas_and_windows_line_ends_are_read(tmp_path, words):
@@ -529,6 +573,8 @@ ROW_ERRORS = {
     "empty text": ({"text": " "}, r"text=' ' .*words, without a space at the end"),
     "space at the end": ({"text": TEXT + " "}, r"text='When.*to ' .*without a space at the end"),
     "number as text": ({"text": 4}, r"text=4 .*words"),
+    "template of another kind": ({"template": 0.5}, r"template=0.5 .*a name, or a whole number.*Fix: give prompts of"),
+    "truth value as template": ({"template": True}, r"template=True .*a name, or a whole number"),
     "misspelt field": ({"qury": 4}, r"field='qury' .*text, query, key, correct, wrong.*Fix: did you mean 'query'\?"),
     "unknown field": ({"colour": 4}, r"field='colour' .*text, query, key, correct, wrong.*Fix: delete it"),
 }
@@ -550,7 +596,9 @@ def test_an_unusable_prompt_in_a_file_names_file_line_and_fix(tmp_path, bpe, cas
 def test_a_missing_field_is_an_input_error(tmp_path, words, field):
     row = {name: value for name, value in GOOD.items() if name != field}
     for path, line in ((write(tmp_path / "p.jsonl", GOOD, row), 2), (write(tmp_path / "p.csv", row), 1)):
-        with pytest.raises(InputError, match=rf", line {line}: fields=.*query may be left out.*Fix: add {field}\."):
+        with pytest.raises(
+            InputError, match=rf", line {line}: fields=.*query and template may be left out.*Fix: add {field}\."
+        ):
             read_prompts(path, words)
 
 
@@ -603,7 +651,7 @@ def test_an_unusable_file_is_an_input_error(tmp_path, words, name, content, mess
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["text", "key", "correct", "wrong", "query"])
+@pytest.mark.parametrize("field", ["text", "key", "correct", "wrong", "query", "template"])
 @pytest.mark.parametrize("half", ["\\ud83d", "\\udc00", "a\\udfff b"])
 def test_half_a_character_is_an_input_error(tmp_path, words, field, half):
     """JSON can write it, and no tokenizer can read it."""
