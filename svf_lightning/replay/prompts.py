@@ -128,6 +128,7 @@ class PromptBatch:
         key: Positions of the attended tokens.
         correct: Ids of the right next tokens.
         wrong: Ids of the wrong next tokens.
+        length: Number of tokens of each prompt; what comes after them is padding.
     """
 
     tokens: Int[Tensor, "batch n"]
@@ -135,6 +136,7 @@ class PromptBatch:
     key: Int[Tensor, "batch"]
     correct: Int[Tensor, "batch"]
     wrong: Int[Tensor, "batch"]
+    length: Int[Tensor, "batch"]
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """The same batch on another device."""
@@ -144,6 +146,7 @@ class PromptBatch:
             key=self.key.to(device),
             correct=self.correct.to(device),
             wrong=self.wrong.to(device),
+            length=self.length.to(device),
         )
 
     def __len__(self) -> int:
@@ -570,6 +573,7 @@ def _batch(prompts: Sequence[Prompt], pad: int) -> PromptBatch:
         key=torch.tensor([prompt.key for prompt in prompts]),
         correct=torch.tensor([prompt.correct for prompt in prompts]),
         wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+        length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
     )
 
 
