@@ -339,11 +339,11 @@ def test_heads_without_an_inverse_have_no_fixed_basis():
         qkv.weight.view(5, 3, width, -1)[2, 1, 0] = 0
         qkv.bias.view(5, 3, width)[2, 1, 0] = 0
     with pytest.raises(
-        InputError, match="rope_basis='fixed'.*W_K of head 2 in layer 1.*Fix: --model.rope_basis=offset"
+        InputError, match=r"rope_basis='fixed'.*W_K of head 2 in layer 1.*Fix: --model.rope_basis=offset"
     ):
         HeadSpace(make_bridge(model), rope_basis="fixed")
 
 
 def test_an_unknown_basis_is_refused():
-    with pytest.raises(InputError, match="rope_basis='each'.*'offset' or 'fixed'"):
+    with pytest.raises(InputError, match=r"rope_basis='each'.*'offset' or 'fixed'"):
         HeadSpace(bridge("llama"), rope_basis="each")

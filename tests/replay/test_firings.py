@@ -23,9 +23,9 @@ def tokens(seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 101, (3, N), generator=torch.Generator().manual_seed(seed))
 
 
-def found(space, rule, tokens=tokens(), length=LENGTH) -> list[FiringBatch]:
+def found(space, rule, of=None) -> list[FiringBatch]:
     layers: list[FiringBatch] = []
-    space.find_firings(tokens, length, rule, layers.append)
+    space.find_firings(tokens() if of is None else of, LENGTH, rule, layers.append)
     return layers
 
 
