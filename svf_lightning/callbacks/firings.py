@@ -28,6 +28,7 @@ _LOGGED = (
     "count", "sparseness", _STRONGEST, "n_recon", "n_recon_at_most_4", "n_recon_at_most_4_rotated",
     "top_in_last_eighth",
 )  # fmt: skip
+_ALWAYS = ("count", "last_eighth_by_chance")  # known of a head that never fires
 _SHARE: Any = {"unit": "share", "low": 0, "high": 1}
 
 
@@ -59,12 +60,11 @@ def _statistics() -> list[Quantity]:
 
 def _declared() -> list[Quantity]:
     """These over all firings, and of each head."""
-    over_all = [
-        replace(q, name=f"firings/{q.name}", logged="mean" if q.name in _LOGGED else "no") for q in _statistics()
-    ]
+    statistics = [replace(q, gaps=q.name not in _ALWAYS) for q in _statistics()]
+    over_all = [replace(q, name=f"firings/{q.name}", logged="mean" if q.name in _LOGGED else "no") for q in statistics]
     of_heads = [
         replace(q, name=f"firings/head/{q.name}", label=f"{q.label}, of a head", logged="no", places=Place.NOWHERE)
-        for q in _statistics()
+        for q in statistics
     ]
     return [*over_all, *of_heads]
 
