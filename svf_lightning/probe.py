@@ -157,6 +157,7 @@ class FiringRule:
             "min(1, 2.5/n)", both of papers of the authors of arXiv 2602.13524 (which has which is not known here).
         first_token: Count the first token as a key; heads park on it the attention that they do not need.
         self_attention: Count queries that attend to themselves.
+        every_query: Count queries at all positions; False: each prompt's own query alone, such as the last token.
 
     Raises:
         InputError: A threshold that there is not.
@@ -165,6 +166,7 @@ class FiringRule:
     tau: float | VaryingThreshold = 0.5
     first_token: bool = False
     self_attention: bool = True
+    every_query: bool = True
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.tau, (int, float)) and 0 < self.tau < 1
@@ -224,7 +226,7 @@ class Probe:
         decompose: Takes the scores of all keys apart, for some of these pairs by their number; more than a probe
             carries, so callbacks ask for a few (optional).
         interventions: Runs the module on these pairs again with other inputs of some heads (optional).
-        find_firings: Hands over every firing of all heads at all positions, some at a time, none of them twice; what is
+        find_firings: Hands over every firing of all heads, some at a time, none of them twice; what is
             to be kept of them is up to the callback, as they may be many (optional).
         part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.

@@ -171,6 +171,7 @@ class Firings(ProbeMetric):
         tau: Least attention weight on the key, in (0, 1), or a rule for n keys that the query sees.
         first_token: Count the first token as a key; heads park on it the attention that they do not need.
         self_attention: Count queries that attend to themselves.
+        every_query: Count queries at all positions; False: each prompt's own query alone, such as the last token.
         scores: "relative": minus the mean of the other keys' scores (a query that sees one key alone does not count);
             or "raw", as the model computes them.
         recon_share: Share of the score that N_recon must reach, in (0, 1]; 0.7 is a tolerance of the authors' helper.
@@ -198,13 +199,19 @@ class Firings(ProbeMetric):
         tau: float | VaryingThreshold = 0.5,
         first_token: bool = False,
         self_attention: bool = True,
+        every_query: bool = True,
         scores: Scores = "relative",
         recon_share: float = 1.0,
         n_draws: int = 16,
         seed: int = 0,
     ) -> None:
-        self.tau, self.first_token, self.self_attention = tau, first_token, self_attention
-        self._rule = FiringRule(tau, first_token=first_token, self_attention=self_attention)
+        self.tau, self.first_token, self.self_attention, self.every_query = (
+            tau,
+            first_token,
+            self_attention,
+            every_query,
+        )
+        self._rule = FiringRule(tau, first_token, self_attention, every_query)
         check_scores(scores)
         check_share(recon_share)
         check_draws(n_draws)

@@ -289,8 +289,10 @@ class HeadSpace:
         length: Int[Tensor, "batch"],
         rule: FiringRule,
         take: Callable[[FiringBatch], None],
+        *,
+        query: Int[Tensor, "batch"] | None = None,
     ) -> None:
-        """Run the model, and hand over the firings of all heads at all positions, layer by layer as they happen.
+        """Run the model, and hand over the firings of all heads, layer by layer as they happen.
 
         What one layer computes is gone before the next one computes anything.
 
@@ -299,11 +301,19 @@ class HeadSpace:
             length: Tokens of each prompt; positions after them are padding, and do not count.
             rule: What counts as a firing, beside a positive score.
             take: Called once for each layer that has any; their prompts are rows of ``tokens``.
+            query: Positions of the prompts' own queries, for a rule that counts these alone.
 
         Raises:
-            InputError: The model does not show how it comes to its scores.
+            InputError: The model does not show how it comes to its scores, or the rule needs positions.
             CheckpointError: Scores that differ from the model's own by more than rounding.
         """
+        position = torch.arange(tokens.shape[1], device=self.heads.W_Q.device)
+        asks = position < length.to(position.device)[:, None]  # [batch, n]
+        if not rule.every_query:
+            if query is None:
+                raise bad_value("query", None, "a position for each prompt with every_query=False", "pass query=...")
+            _check_positions("query", query, len(tokens), tokens.shape[1] - 1)
+            asks &= position == query.to(position.device)[:, None]
         kept: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
@@ -314,7 +324,7 @@ class HeadSpace:
 
         def finish(layer: int) -> Any:
             def hook(pattern: Tensor, hook: Any) -> None:
-                found = self._firings_of_layer(layer, kept, pattern, length.to(pattern.device), rule)
+                found = self._firings_of_layer(layer, kept, pattern, asks, rule)
                 kept.clear()
                 if found is not None:
                     take(found)
@@ -333,15 +343,15 @@ class HeadSpace:
         self.bridge.run_with_hooks(tokens.to(self.heads.W_Q.device), fwd_hooks=hooks, return_type=None)
 
     def _firings_of_layer(
-        self, layer: int, kept: dict[str, Tensor], pattern: Tensor, length: Tensor, rule: FiringRule
+        self, layer: int, kept: dict[str, Tensor], pattern: Tensor, asks: Tensor, rule: FiringRule
     ) -> FiringBatch | None:
-        """The firings of one layer, from what it left behind; None if there are none."""
+        """The firings of one layer, from what it left behind; ``asks``: queries that count; None if there are none."""
         own = kept["scores"]
         position = torch.arange(pattern.shape[-1], device=pattern.device)
         is_key = self._visible(position, len(position))[layer]  # [query, key]
         n_keys = is_key.sum(-1)
         fires = is_key & (pattern >= rule.threshold(n_keys)[:, None]) & (own > 0)
-        fires &= (position < length[:, None])[:, None, :, None]
+        fires &= asks[:, None, :, None]
         fires[..., 0] &= rule.first_token
         fires &= (position[:, None] != position) | rule.self_attention
         prompt, head, query, key = fires.nonzero(as_tuple=True)

@@ -313,7 +313,7 @@ class CheckpointReplay(pl.LightningModule):
             return AllKeys(contributions, some.pattern.float(), some.is_key[:, None], some.query, key)
 
         def find_firings(rule: FiringRule, take: Callable[[FiringBatch], None]) -> None:
-            current.space.find_firings(prompts.tokens, prompts.length, rule, take)
+            current.space.find_firings(prompts.tokens, prompts.length, rule, take, query=prompts.query)
 
         return self._make_probe(current, scores, again, decompose, find_firings, batch.part)
 

@@ -168,10 +168,10 @@ def test_a_module_that_does_not_tell_of_its_firings_is_left_out():
 
 def test_what_counts_as_a_firing_is_asked_for():
     rules = []
-    callback = Firings(tau="1/(n+1)", first_token=True, self_attention=False)
+    callback = Firings(tau="1/(n+1)", first_token=True, self_attention=False, every_query=False)
     for probe in probes([[]], rules):
         callback.observe(probe)
-    assert rules == [FiringRule("1/(n+1)", first_token=True, self_attention=False)]
+    assert rules == [FiringRule("1/(n+1)", first_token=True, self_attention=False, every_query=False)]
 
 
 def test_raw_scores_of_a_module_that_shows_none_are_an_input_error():
@@ -193,8 +193,8 @@ def test_options_out_of_range_are_input_errors(options):
 
 def test_its_options_are_its_arguments():
     given = {
-        "tau": 0.3, "first_token": True, "self_attention": False, "scores": "raw", "recon_share": 0.7, "n_draws": 4,
-        "seed": 1,
+        "tau": 0.3, "first_token": True, "self_attention": False, "every_query": False, "scores": "raw", "recon_share": 0.7, 
+        "n_draws": 4, "seed": 1,
     }  # fmt: skip
     assert Firings(**given).options() == given
 

@@ -11,11 +11,13 @@ from svf_lightning.replay.decompose import HeadSpace
 
 N = 11
 LENGTH = torch.tensor([11, 8, 5])
+QUERY = torch.tensor([9, 7, 4])
 RULES = {
     "a half": FiringRule(0.5),
     "self and first left out": FiringRule(0.2, self_attention=False),
     "the first token as well": FiringRule("1/(n+1)", first_token=True),
     "falling": FiringRule("min(1, 2.5/n)"),
+    "the prompt's own query": FiringRule(0.2, every_query=False),
 }
 
 
@@ -25,7 +27,7 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 def found(space, rule, of=None) -> list[FiringBatch]:
     layers: list[FiringBatch] = []
-    space.find_firings(tokens() if of is None else of, LENGTH, rule, layers.append)
+    space.find_firings(tokens() if of is None else of, LENGTH, rule, layers.append, query=QUERY)
     return layers
 
 
@@ -51,6 +53,7 @@ def expected(model, rule) -> set[tuple[int, int, int, int]]:
                     for k in range(q + 1):
                         fires = pattern[b, head, q, k] >= tau and scores[b, head, q, k] > 0
                         fires &= rule.first_token or k > 0
+                        fires &= rule.every_query or q == int(QUERY[b])
                         if fires and (rule.self_attention or k != q):
                             pairs.add((layer * model.cfg.n_heads + head, b, q, k))
     return pairs
@@ -127,6 +130,15 @@ def test_bases_of_single_heads_are_kept_up_to_a_size(monkeypatch):
     most = max(len({(int(h), int(q - k)) for h, q, k in zip(b.head, b.query, b.key, strict=True)}) for b in few)
     assert len(space._head_bases) <= most < sum(len(b.head) for b in few)
     torch.testing.assert_close(joined_scores(few, "S"), joined_scores(plain, "S"))
+
+
+def test_the_prompts_own_query_alone_needs_its_position():
+    space = HeadSpace(bridge("llama"))
+    rule = RULES["the prompt's own query"]
+    with pytest.raises(InputError, match=r"query=None.*every_query=False"):
+        space.find_firings(tokens(), LENGTH, rule, [].append)
+    with pytest.raises(InputError, match=r"query=.*positions 0\.\.10"):
+        space.find_firings(tokens(), LENGTH, rule, [].append, query=torch.tensor([3, 11, 2]))
 
 
 def test_scores_that_are_not_the_models_own_are_refused():
