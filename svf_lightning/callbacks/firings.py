@@ -35,17 +35,18 @@ _SHARE: Any = {"unit": "share", "low": 0, "high": 1}
 def _statistics() -> list[Quantity]:
     """What is measured over firings, by the end of its name."""
     text: Any = {"unit": "S(v)", "low": 0, "high": 1, "source": "Fig. 7b; method, section 6"}
+    sparseness = {name: name.replace("_", ", ", 1).replace("_", " ") for name in _SPARSENESS}
     return [
         Quantity("count", "firings", "Query-key pairs that count.", unit="count", low=0),
         *(
-            Quantity(name, f"{name.replace('_', ', ', 1).replace('_', ' ')} of firings", meaning, **text)
-            for name, meaning in _SPARSENESS.items()
+            Quantity(name, f"{words}{',' if ',' in words else ''} of firings", _SPARSENESS[name], **text)
+            for name, words in sparseness.items()
         ),
         Quantity(_STRONGEST, "sparseness, strongest control, of firings", "The smallest of the three.", **text),
         Quantity("n_recon", "singular pairs that make up the score of a firing", "Median of N_recon.",
                  symbol="N_recon", unit="count", low=0, source="Fig. 9"),
-        Quantity("n_recon_shared_rotation", "the same in a rotated basis", "Median over firings and shared rotations.",
-                 symbol="N_recon", unit="count", low=0, source="Fig. 9"),
+        Quantity("n_recon_shared_rotation", "rotated pairs that make up the score of a firing",
+                 "Median over firings and shared rotations.", symbol="N_recon", unit="count", low=0, source="Fig. 9"),
         Quantity("n_recon_at_most_4", "firings made of 1 to 4 singular pairs", "Share whose N_recon is at most 4.",
                  **_SHARE, source="Fig. 9"),
         Quantity("n_recon_at_most_4_rotated", "firings made of 1 to 4 rotated pairs",
@@ -53,7 +54,7 @@ def _statistics() -> list[Quantity]:
         Quantity("top_in_last_eighth", "firings with the largest contribution at the end of the spectrum",
                  "Share whose largest contributor is in the last eighth of the singular values.", **_SHARE,
                  source="Fig. 8"),
-        Quantity("last_eighth_by_chance", "the same if every singular pair came equally often",
+        Quantity("last_eighth_by_chance", "the same if every singular pair came equally often as largest",
                  "Share of the singular values that are the last eighth.", **_SHARE, source="Fig. 8"),
     ]  # fmt: skip
 

@@ -1,13 +1,21 @@
 """Firings of a language model's heads against the model's own attention and scores, one query at a time."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from helpers.models import CONFIGS, bridge
+from helpers.replays import replay
+from transformers import AutoModelForCausalLM
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import relative_attention
+from svf_lightning.metrics import relative_attention, sparseness
 from svf_lightning.probe import FiringBatch, FiringRule
+from svf_lightning.replay import CheckpointReplay, FolderCheckpoints, ReplayData
+from svf_lightning.replay.bridge import make_bridge
 from svf_lightning.replay.decompose import HeadSpace
+from svf_lightning.trajectory import open_trajectory
 
 N = 11
 LENGTH = torch.tensor([11, 8, 5])
@@ -153,3 +161,47 @@ def test_scores_that_are_not_the_models_own_are_refused():
 def test_a_threshold_that_there_is_not_is_refused(tau):
     with pytest.raises(InputError, match=r"tau=.*\(0, 1\).*'1/\(n\+1\)'"):
         FiringRule(tau)
+
+
+# ---- one basis for all offsets, from the command line
+
+
+def test_the_fixed_basis_is_an_option_of_a_replay_that_its_rows_tell_and_the_default_stays_untold(
+    typed, suite, tmp_path
+):
+    source = ("--data.source=svf_lightning.replay.FolderCheckpoints", f"--data.source.init_args.folder={suite}")
+    few = ("--data.source.init_args.steps=[8]", "--data.n_prompts=6", "--trainer.logger=false", "--report=false")
+    rows, identities = {}, {}
+    for basis in ("offset", "fixed"):
+        result = typed("replay", *source, *few, f"--model.rope_basis={basis}", f"--run_dir={tmp_path / basis}")
+        assert result.returncode == 0, result.stderr
+        rows[basis] = open_trajectory(tmp_path / basis).isel(step=0)
+        identities[basis] = json.loads((tmp_path / basis / "identity.json").read_text())
+    assert identities["fixed"].pop("rope_basis") == "fixed"
+    assert identities["fixed"] == identities["offset"]  # which earlier versions would have written
+    assert str(rows["fixed"]["rope_basis"].values) == "fixed"
+    assert "rope_basis" not in rows["offset"]
+    same, other = ("prompt/score", "prompt/attention", "firings/head/count"), ("prompt/sparseness", "contribution/mean")
+    for name in same:
+        np.testing.assert_allclose(rows["fixed"][name], rows["offset"][name], rtol=1e-3, atol=1e-4, err_msg=name)
+    for name in other:
+        assert not np.allclose(rows["fixed"][name], rows["offset"][name], rtol=1e-2, equal_nan=True), name
+    refused = typed("replay", *source, *few, "--run_dir", tmp_path / "offset", "--model.rope_basis=fixed")
+    assert refused.returncode == 2
+    assert "rope_basis" in refused.stderr
+
+
+def test_numbers_of_a_replay_in_the_fixed_basis_are_those_of_its_own_space(suite, tmp_path):
+    source = FolderCheckpoints(str(suite), steps=[8])
+    rows = replay(source, tmp_path, model=CheckpointReplay(rope_basis="fixed"))
+    space = HeadSpace(make_bridge(AutoModelForCausalLM.from_pretrained(suite / "step8").eval()), rope_basis="fixed")
+    for i, prompt in enumerate(ReplayData(source, n_prompts=13).prompts[:4]):
+        seen = space.observe(torch.tensor([prompt.tokens]), torch.tensor([prompt.query]))
+        attended = space.attended(seen, torch.tensor([prompt.key]))
+        expected = sparseness(attended.contributions[:, :, 0])
+        np.testing.assert_allclose(rows["prompt/sparseness"].isel(step=0, prompt=i), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_basis_is_refused_by_the_replay():
+    with pytest.raises(InputError, match="rope_basis='each'"):
+        CheckpointReplay(rope_basis="each")
