@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,8 +22,17 @@ _T = TypeVar("_T")
 
 _OBSERVED = ("features", "queries", "keys", "attended_queries", "attended_keys")  # the probe's own tensors
 
+Scores = Literal["relative", "raw"]
+VaryingThreshold = Literal["1/(n+1)", "min(1, 2.5/n)"]
+
 Coordinate = tuple[tuple[str, ...], Sequence[object] | Tensor]
 Side = Literal["query", "key"]
+
+
+def check_scores(scores: str) -> None:
+    """Raises InputError for a kind of scores that there is not."""
+    if scores not in get_args(Scores):
+        raise bad_value("scores", scores, "'relative' or 'raw'", "pass one of these")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class AttendedScores:
         error: Largest difference of the decomposed scores from the model's own, relative to the largest [...]
             (optional).
         logit_difference: Next-token logit of the right answer minus that of the wrong one [n] (optional).
+        raw_key: As ``key``, of the key itself in place of ``s~`` [..., n, R] (optional).
+        raw_direction: As ``direction``, of the key itself [..., n, R] (optional).
     """
 
     query: Float[Tensor, "... n R"]
@@ -50,6 +61,22 @@ class AttendedScores:
     attention: Float[Tensor, "... n"] | None = None
     error: Float[Tensor, "..."] | None = None
     logit_difference: Float[Tensor, " n"] | None = None
+    raw_key: Float[Tensor, "... n R"] | None = None
+    raw_direction: Float[Tensor, "... n R"] | None = None
+
+    def taken(self, scores: Scores) -> AttendedScores:
+        """The same with ``key`` and ``direction`` of relative scores ("relative", as they are) or of raw ones ("raw").
+
+        Raises:
+            InputError: The module shows relative scores alone.
+        """
+        if scores == "relative":
+            return self
+        if self.raw_key is None or self.raw_direction is None:
+            raise bad_value(
+                "scores", scores, "'relative' for a module that shows no raw scores", "scores=relative, or a replay"
+            )
+        return replace(self, key=self.raw_key, direction=self.raw_direction)
 
     def at_steps(self, chosen: Bool[Tensor, " K"]) -> AttendedScores:
         """Scores of some of the K steps that the first dimension counts."""
@@ -121,8 +148,57 @@ class Interventions(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class FiringRule:
+    """Which query-key pairs are firings of a head, beside that their score is positive.
+
+    Args:
+        tau: Least attention weight on the key, in (0, 1), or a rule for n keys that the query sees: "1/(n+1)" or
+            "min(1, 2.5/n)", both of papers of the authors of arXiv 2602.13524 (which has which is not known here).
+        first_token: Count the first token as a key; heads park on it the attention that they do not need.
+        self_attention: Count queries that attend to themselves.
+        every_query: Count queries at all positions; False: each prompt's own query alone, such as the last token.
+
+    Raises:
+        InputError: A threshold that there is not.
+    """
+
+    tau: float | VaryingThreshold = 0.5
+    first_token: bool = False
+    self_attention: bool = True
+    every_query: bool = True
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.tau, (int, float)) and 0 < self.tau < 1
+        if not is_number and self.tau not in _THRESHOLDS:
+            allowed = f"a weight in (0, 1), or one of {', '.join(map(repr, _THRESHOLDS))}"
+            raise bad_value("tau", self.tau, allowed, "pass 0.5")
+
+    def threshold(self, n_keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Least attention weight for queries that see so many keys; float64."""
+        n = n_keys.double()
+        return _THRESHOLDS[self.tau](n) if isinstance(self.tau, str) else torch.full_like(n, self.tau)
+
+
+_THRESHOLDS: dict[VaryingThreshold, Callable[[Tensor], Tensor]] = {
+    "1/(n+1)": lambda n: 1 / (n + 1),
+    "min(1, 2.5/n)": lambda n: (2.5 / n).clamp_max(1),
+}
+
+
+class FiringBatch(NamedTuple):
+    """Some of a module's firings, n of them, of any heads and prompts; positions count from 0."""
+
+    head: Int[Tensor, " n"]  # index of the flattened heads
+    prompt: Int[Tensor, " n"]  # of those that the probe shows
+    query: Int[Tensor, " n"]
+    key: Int[Tensor, " n"]
+    scores: AttendedScores  # [n, R]; relative ones are NaN where the query sees one key alone
+
+
 Intervene = Callable[[Float[Tensor, "... n"]], Outcome]
 Decompose = Callable[[Int[Tensor, " m"]], AllKeys]
+FindFirings = Callable[[FiringRule, Callable[[FiringBatch], None]], None]
 
 
 @dataclass(frozen=True)
@@ -150,6 +226,8 @@ class Probe:
         decompose: Takes the scores of all keys apart, for some of these pairs by their number; more than a probe
             carries, so callbacks ask for a few (optional).
         interventions: Runs the module on these pairs again with other inputs of some heads (optional).
+        find_firings: Hands over every firing of all heads, some at a time, none of them twice; what is
+            to be kept of them is up to the callback, as they may be many (optional).
         part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
@@ -175,6 +253,7 @@ class Probe:
     intervene: Intervene | None = None
     decompose: Decompose | None = None
     interventions: Interventions | None = None
+    find_firings: FindFirings | None = None
     part: tuple[int, int] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
     feature_dims: tuple[str, ...] | None = None
@@ -298,6 +377,7 @@ class Probe:
             intervene=None,
             decompose=None,
             interventions=None,
+            find_firings=None,
             batch_dims=("step", *first.batch_dims),
             feature_dims=("step", *(first.feature_dims or ())),
         )

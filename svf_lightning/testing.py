@@ -16,7 +16,7 @@ A check raises AssertionError; its message says what is not as it has to be, and
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,17 @@ from torch import Tensor
 
 from svf_lightning.callbacks import FeatureOrthogonality, Measured, ProbeMetric, SVDAlignment, quantities_of
 from svf_lightning.heads import AttentionHeads
-from svf_lightning.probe import AllKeys, AttendedScores, Move, Outcome, Probe, Probed, Side
+from svf_lightning.probe import (
+    AllKeys,
+    AttendedScores,
+    FiringBatch,
+    FiringRule,
+    Move,
+    Outcome,
+    Probe,
+    Probed,
+    Side,
+)
 from svf_lightning.quantities import Quantity, collect
 from svf_lightning.toy import ToyAttentionModel, ToyData
 
@@ -165,6 +175,14 @@ def _language_model() -> Probe:
         positions = torch.full_like(chosen, n_tokens - 1), torch.ones_like(chosen)
         return AllKeys(contributions[:, :, chosen], attention[:, :, chosen], is_key, *positions)
 
+    def find_firings(rule: FiringRule, take: Callable[[FiringBatch], None]) -> None:
+        for head in range(6):
+            prompts = torch.arange(n_prompts)
+            left, right = (part.flatten(0, 1)[head] for part in (query, key))
+            found = AttendedScores(left, right, right, torch.ones(1, rank), on_key.flatten(0, 1)[head])
+            positions = torch.full_like(prompts, n_tokens - 1), torch.ones_like(prompts)
+            take(FiringBatch(torch.full_like(prompts, head), prompts, *positions, found))
+
     scores = AttendedScores(
         query, key, key.clone(), torch.ones(2, 3, 1, rank), on_key, torch.zeros(2, 3), logit_difference
     )
@@ -178,6 +196,7 @@ def _language_model() -> Probe:
         intervene=intervene,
         interventions=_MadeUpInterventions(vectors, x, on_key, logit_difference),
         decompose=decompose,
+        find_firings=find_firings,
         part=(0, 1),
         batch_dims=("layer", "head"),
         feature_dims=(),

@@ -9,6 +9,7 @@ from svf_lightning.callbacks.causal_ablation import CausalAblation
 from svf_lightning.callbacks.checkpoint_table import CheckpointTable
 from svf_lightning.callbacks.direction_intervention import DirectionIntervention
 from svf_lightning.callbacks.feature_orthogonality import FeatureOrthogonality
+from svf_lightning.callbacks.firings import Firings
 from svf_lightning.callbacks.nearest_feature import NearestFeature
 from svf_lightning.callbacks.progress import StepProgress
 from svf_lightning.callbacks.run_summary import RunSummary
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointTable",
     "DirectionIntervention",
     "FeatureOrthogonality",
+    "Firings",
     "HeadSharing",
     "Measured",
     "Measurement",

@@ -13,8 +13,8 @@ from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.callbacks.templates import means_of_templates, templates_of
 from svf_lightning.errors import bad_value
 from svf_lightning.metrics import SparseAttention, SparsityOverPairs
-from svf_lightning.metrics.sparsity import FEW
-from svf_lightning.probe import AttendedScores, Probe
+from svf_lightning.metrics.sparsity import FEW, last_eighth
+from svf_lightning.probe import AttendedScores, Probe, Scores, check_scores
 from svf_lightning.quantities import SPARSENESS, TASK, TASK_PAIRS, TASK_SPARSENESS, Place, Quantity
 
 _COMPARED = Place.TABLE | Place.COMPARISON
@@ -122,12 +122,16 @@ class AttentionSparsity(ProbeMetric):
         keep_prompts: Keep the values of every pair in the trajectory.
         every_n_steps: In a training, measure every n-th step and the last one; the rows between hold NaN. The rotations
             cost more than all other metrics together.
+        recon_share: Share of the score that N_recon must reach, in (0, 1]; 0.7 is a tolerance of the authors' helper.
+        scores: "relative": minus the mean of the other keys' scores, as a softmax sees differences alone; or "raw", as
+            the model computes them (a replay).
 
     Raises:
         InputError: An option out of range.
     """
 
     needs = "a head (not template=zero) and query-key pairs (of the toy model: --model.n_attended=64)"
+    later = frozenset({"recon_share", "scores"})
     quantities = (
         Quantity(
             "sad/accuracy", "accuracy", "Share of the prompts whose right answer has the larger next-token logit.",
@@ -195,6 +199,8 @@ class AttentionSparsity(ProbeMetric):
         attending: float = 0.5,
         keep_prompts: bool = True,
         every_n_steps: int = 1,
+        recon_share: float = 1.0,
+        scores: Scores = "relative",
     ) -> None:
         if every_n_steps < 1:
             raise bad_value("every_n_steps", every_n_steps, "an integer >= 1", "change the AttentionSparsity callback")
@@ -205,7 +211,9 @@ class AttentionSparsity(ProbeMetric):
             raise bad_value("attending", attending, "a weight in (0, 1)", "change the AttentionSparsity callback")
         self.n_draws, self.seed = n_draws, seed
         self.n_task_heads, self.attending, self.keep_prompts = n_task_heads, attending, keep_prompts
-        SparseAttention(n_draws)  # raises if n_draws is out of range
+        check_scores(scores)
+        self.recon_share, self.scores = recon_share, scores
+        self._metric()  # raises if n_draws or recon_share is out of range
         self._seen: SparseAttention | None = None
         self._errors: list[Tensor] = []
         self._logit_differences: list[Tensor] = []
@@ -215,6 +223,7 @@ class AttentionSparsity(ProbeMetric):
         scores = probe.attended_scores
         if scores is None:
             return
+        scores = scores.taken(self.scores)
         if self._seen is None:
             self._seen = self._metric()
         _update(self._seen, scores)
@@ -229,6 +238,7 @@ class AttentionSparsity(ProbeMetric):
             scores = probe.attended_scores
             if scores is None:
                 return {}
+            scores = scores.taken(self.scores)
             steps, is_last = (torch.as_tensor(x).flatten() for x in (probe.step, probe.is_last))
             due = (steps % self.every_n_steps == 0) | is_last
             looked_at = due.clone()
@@ -259,7 +269,7 @@ class AttentionSparsity(ProbeMetric):
 
     def _metric(self) -> SparseAttention:
         # each device measures its own checkpoint, so there is nothing to gather
-        return SparseAttention(self.n_draws, self.seed, sync_on_compute=False)
+        return SparseAttention(self.n_draws, self.seed, share=self.recon_share, sync_on_compute=False)
 
     def _of_heads(self, seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
         """Statistics over the pairs of each head (or instance), and their values pair by pair."""
@@ -328,7 +338,7 @@ def _summary(seen: SparsityOverPairs, rank: int) -> dict[str, Tensor]:
         "n_recon_at_most_4": (scored & (seen.n_recon <= FEW)).sum(-1) / n,
         "n_recon_shared_rotation": _median(seen.n_recon_shared_rotation),
         "n_recon_at_most_4_rotated": seen.few_shared_rotation.nanmean(-1),
-        "top_in_last_eighth": (seen.top_index >= rank - max(1, rank // 8)).sum(-1) / n,
+        "top_in_last_eighth": (seen.top_index >= rank - last_eighth(rank)).sum(-1) / n,
     }
     summary[_STRONGEST] = torch.stack([summary[name] for name in _CONTROLS]).amin(0)
     if seen.attention is not None:

@@ -40,11 +40,13 @@ class ProbeMetric(Callback, ABC):
         quantities: What it measures: name, unit, meaning, and where each is shown.
         version: Of the measurement: to be raised when the same probe and options give other numbers than before.
         needs: What a run must have so that there is something to measure, as a part of a sentence.
+        later: Arguments that earlier versions did not have, whose defaults give the numbers of these.
     """
 
     quantities: Sequence[Quantity] = ()
     version: ClassVar[int] = 1
     needs: ClassVar[str] = ""
+    later: ClassVar[frozenset[str]] = frozenset()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is something to look at, and someone to say when.
@@ -76,24 +78,28 @@ class ProbeMetric(Callback, ABC):
     def options(self) -> dict[str, Any]:
         """The arguments of ``__init__`` by name; with the version they decide the numbers.
 
+        Those of :attr:`later` are left out at their defaults, so that runs of earlier versions go on.
+
         Raises:
             InputError: An argument is not kept as an attribute of its name.
         """
         options = {}
-        for name in _arguments(type(self)):
+        for name, parameter in _arguments(type(self)).items():
             if not hasattr(self, name):
                 raise InputError(
                     f"{type(self).__name__} does not keep its argument {name!r}, which is part of a row's identity. "
                     f"Fix: set self.{name} = {name} in __init__, or override options()."
                 )
-            options[name] = getattr(self, name)
+            value = getattr(self, name)
+            if name not in self.later or value != parameter.default:
+                options[name] = value
         return options
 
 
-def _arguments(cls: type) -> list[str]:
-    """Names of the arguments of a class."""
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, parameter in inspect.signature(cls).parameters.items() if parameter.kind in kinds]
+    return {name: given for name, given in inspect.signature(cls).parameters.items() if given.kind in kinds}
 
 
 class EvaluationHooks(Callback):

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from svf_lightning.errors import bad_value
-from svf_lightning.metrics.sparsity import measure_sparsity
+from svf_lightning.metrics.sparsity import check_draws, check_share, measure_sparsity
 
 
 class InstanceMean(Metric):
@@ -91,10 +91,11 @@ class SparseAttention(Metric):
     Args:
         n_draws: Random rotations for each control.
         seed: Seed of the rotations.
+        share: Of the score, that N_recon must reach; in (0, 1].
         sync_on_compute: Gather what other processes saw; False where each process looks at a model of its own.
 
     Raises:
-        InputError: Fewer than one draw.
+        InputError: Fewer than one draw, or a share out of range.
     """
 
     full_state_update = False
@@ -108,11 +109,11 @@ class SparseAttention(Metric):
     )  # fmt: skip
     DRAWS = ("shared_draws", "independent_draws", "permuted_draws")
 
-    def __init__(self, n_draws: int = 16, seed: int = 0, *, sync_on_compute: bool = True) -> None:
+    def __init__(self, n_draws: int = 16, seed: int = 0, *, share: float = 1.0, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
-        if n_draws < 1:
-            raise bad_value("n_draws", n_draws, "an integer >= 1; one rotation alone is no control", "take 16")
-        self.n_draws, self.seed = n_draws, seed
+        check_draws(n_draws)
+        check_share(share)
+        self.n_draws, self.seed, self.share = n_draws, seed, share
         self.rank = 0  # R, known from the first update on
         for name in (*self.PER_PAIR, *self.DRAWS):
             self.add_state(name, [], dist_reduce_fx="cat")  # pairs first
@@ -130,7 +131,7 @@ class SparseAttention(Metric):
     ) -> None:
         """Add pairs; see :func:`svf_lightning.metrics.measure_sparsity` for the arguments."""
         self.rank = query.shape[-1]
-        measured = measure_sparsity(query, key, direction, S, n_draws=self.n_draws, seed=self.seed)
+        measured = measure_sparsity(query, key, direction, S, n_draws=self.n_draws, seed=self.seed, share=self.share)
         per_pair = {
             "score": measured.score,
             "sparseness": measured.sparseness,

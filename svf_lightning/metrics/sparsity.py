@@ -62,20 +62,49 @@ def sparseness(v: Float[Tensor, "... R"]) -> Float[Tensor, "..."]:
     return size.mean(-1).square() / size.square().mean(-1)
 
 
-def n_recon(v: Float[Tensor, "... R"]) -> Int[Tensor, "..."]:
-    """Smallest n such that the n largest signed entries add up to at least the sum of all (for a sum < 0, mirrored).
+def n_recon(v: Float[Tensor, "... R"], share: float = 1.0) -> Int[Tensor, "..."]:
+    """Smallest n such that the n largest signed entries add up to a share of the sum of all (for a sum < 0, mirrored).
+
+    arXiv 2602.13524 (Fig. 9) has N_recon without a tolerance; its authors' helper takes shares of 1.0 and 0.7. The
+    count for a share of 1.0 jumps on rounding where what is left over cancels: entries that add up to 1e-7 of the sum
+    may make it larger by many. Shares below 1 do not have this.
+
+    Args:
+        v: Contributions of the singular pairs to a score.
+        share: Of the sum that they must reach, in (0, 1].
 
     Returns:
         In 0..R: 0 only for a sum of 0; few if a few large contributions make the score, more than half of R if it is
         made of many small ones. -1 for a vector that holds NaN.
+
+    Raises:
+        InputError: A share out of range.
     """
+    check_share(share)
     wide = v.double()
     total = wide.sum(-1, keepdim=True)
     mirrored = torch.where(total < 0, -wide, wide)
-    reached = mirrored.sort(-1, descending=True).values.cumsum(-1) >= total.abs()
+    reached = mirrored.sort(-1, descending=True).values.cumsum(-1) >= share * total.abs()
     reached[..., -1] = True  # all contributions together are the sum, whatever the rounding
     n = reached.to(torch.int8).argmax(-1) + 1
     return n.masked_fill(total.squeeze(-1) == 0, 0).masked_fill(v.isnan().any(-1), -1)
+
+
+def last_eighth(rank: int) -> int:
+    """How many of so many singular indices are the last eighth of the spectrum; at least one."""
+    return max(1, rank // 8)
+
+
+def check_share(share: float) -> None:
+    """Raises InputError for a share of a score that is not in (0, 1]."""
+    if not 0 < share <= 1:
+        raise bad_value("recon_share", share, "a share of the score in (0, 1]", "take 1.0, or 0.7 for a tolerance")
+
+
+def check_draws(n_draws: int) -> None:
+    """Raises InputError for fewer than one random draw."""
+    if n_draws < 1:
+        raise bad_value("n_draws", n_draws, "an integer >= 1; one rotation alone is no control", "take 16")
 
 
 def contribution_order(v: Float[Tensor, "... R"]) -> Int[Tensor, "... R"]:
@@ -114,8 +143,21 @@ class Sparsity(NamedTuple):
     shared: Float[Tensor, "... n draws"]  # S(v) under shared rotations
     independent: Float[Tensor, "... n draws"]  # S(v) under independent rotations
     permuted: Float[Tensor, "... n draws"]  # S(v) with u_k and v_k paired at random
-    n_recon_shared: Float[Tensor, "... n"]  # mean over some shared rotations
-    few_shared: Float[Tensor, "... n"]  # share of these in which n_recon is at most FEW
+    n_recon_draws: Int[Tensor, "... n counted"]  # n_recon under some of the shared rotations; -1 for NaN
+
+    @property
+    def n_recon_shared(self) -> Float[Tensor, "... n"]:
+        """Mean of n_recon over some shared rotations."""
+        return self._of_draws(self.n_recon_draws)
+
+    @property
+    def few_shared(self) -> Float[Tensor, "... n"]:
+        """Share of these rotations in which n_recon is at most FEW."""
+        return self._of_draws(self.n_recon_draws <= FEW)
+
+    def _of_draws(self, values: Tensor) -> Tensor:
+        is_nan = (self.n_recon_draws < 0).any(-1)
+        return values.to(self.score.dtype).mean(-1).masked_fill(is_nan, torch.nan)
 
 
 def measure_sparsity(
@@ -126,6 +168,7 @@ def measure_sparsity(
     *,
     n_draws: int = 16,
     seed: int = 0,
+    share: float = 1.0,
 ) -> Sparsity:
     """Sparseness of relative scores in the singular basis and in three controls.
 
@@ -141,6 +184,7 @@ def measure_sparsity(
         S: Singular values, one row for all pairs (n1 = 1) or one each.
         n_draws: Rotations (or permutations) drawn for each control; the same for all heads and pairs.
         seed: Seed of the draws.
+        share: Of the score, that N_recon must reach.
     """
     contributions = query * key
     R = query.shape[-1]
@@ -152,7 +196,7 @@ def measure_sparsity(
         rotated = left * (key @ a)
         shared.append(sparseness(rotated))
         if i < _COUNTED_DRAWS:
-            counts.append(n_recon(rotated))
+            counts.append(n_recon(rotated, share))
         independent.append(sparseness(left * S * (direction @ b)))
     generator = keyed_generator(seed, _PERMUTATIONS)
     orders = [torch.randperm(R, generator=generator).to(query.device) for _ in range(n_draws)]
@@ -161,13 +205,12 @@ def measure_sparsity(
         contributions,
         contributions.sum(-1),
         sparseness(contributions),
-        n_recon(contributions),
+        n_recon(contributions, share),
         top_contributor(contributions),
         torch.stack(shared, -1),
         torch.stack(independent, -1),
         torch.stack(permuted, -1),
-        torch.stack(counts, -1).to(query.dtype).mean(-1).masked_fill(contributions.isnan().any(-1), torch.nan),
-        (torch.stack(counts, -1) <= FEW).to(query.dtype).mean(-1).masked_fill(contributions.isnan().any(-1), torch.nan),
+        torch.stack(counts, -1),
     )
 
 

@@ -5,6 +5,11 @@ The score of a query at position p for a key at position j is a bilinear form of
 (the identity without RoPE). With thin QR factors ``W_Q^T = Q_q A_q`` and ``W_K^T = Q_k A_k`` its SVD is that of the
 H x H core ``A_q M_p^T M_j A_k^T / sqrt(H)``, which depends on the offset j - p alone. QR is done once per head, the SVD
 once per head and offset, and no tensor of size D is needed but the query's own residual.
+
+That is ``rope_basis="offset"``. With "fixed" (its authors' code of 2026) a head has one basis, that of
+``Omega = W_Q^T W_K / sqrt(H)``, and positions are moved into the tokens: ``x~_p = W_Q^+ M_p W_Q x_p`` and
+``y~_j = W_K^+ M_j W_K x_j``, so that ``x~_p^T Omega y~_j`` is the same score. Both are exact; which singular pairs make
+up a score differs.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,16 +25,20 @@ from torch import Tensor
 
 from svf_lightning.errors import CheckpointError, InputError, bad_value
 from svf_lightning.heads import AttentionHeads, HeadSVD, bridge_attentions, verified_qr, verified_svd
-from svf_lightning.probe import AttendedScores, Side
+from svf_lightning.probe import AttendedScores, FiringBatch, FiringRule, Side
 from svf_lightning.rotary import Layout, rotate
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+RopeBasis = Literal["offset", "fixed"]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 _KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
+_COORDINATES = ("query", "key", "direction", "S", "raw_key", "raw_direction")
+_KEPT_BYTES = 2**28  # of the SVDs of single heads that firings are decomposed with
 _ORTHONORMAL = 1e-9  # largest deviation of Q from orthonormal, in float64; Q is used in float32
+_FULL_RANK = 1e-6  # smallest singular value of a factor whose pseudo-inverse is used, relative to the largest
 # How far rebuilt scores may be from the model's own: this much of the largest score of a head, and 8 rounding errors of
 # the scores' type at least (0.008 in float16, 0.06 in bfloat16). Those of right models were measured to be off by 0.7
 # to 1.7 rounding errors in these two, and by 2 to 5 in float32.
@@ -112,13 +121,16 @@ class HeadSpace:
 
     Args:
         bridge: A ``TransformerBridge``; the factors are those of its weights and processing at this moment.
+        rope_basis: With rotary positions: "offset", a basis for each offset of query and key, or "fixed", one for all.
 
     Raises:
-        InputError: The model's scores are no bilinear form of the residual stream.
+        InputError: The model's scores are no bilinear form of the residual stream, or there is no such basis, or
+            "fixed" with a head whose W_Q or W_K has no full rank.
         CheckpointError: Weights beyond the range of their dtype.
     """
 
-    def __init__(self, bridge: TransformerBridge) -> None:
+    def __init__(self, bridge: TransformerBridge, *, rope_basis: RopeBasis = "offset") -> None:
+        check_rope_basis(rope_basis)
         self.bridge = bridge
         attentions = bridge_attentions(bridge)
         self.heads = heads = _at_least_float32(AttentionHeads.from_bridge(bridge))
@@ -143,7 +155,24 @@ class HeadSpace:
         self._Q_q = torch.stack(Q[0])  # [layer, head, D', H]
         self._A_q, self._A_k = A  # [layer, head, H, H] and [layer, key_head, H, H], float64
         self._to_key = torch.linalg.pinv(self._A_k.mT)  # coordinates of a key in Q_k, from its key vector
+        self._is_fixed = self._is_rotary and rope_basis == "fixed"
+        if self._is_fixed:
+            self._check_full_rank()
+            self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
         self._bases: OrderedDict[int, HeadSVD] = OrderedDict()
+        self._head_bases: OrderedDict[tuple[int, int, int], HeadSVD] = OrderedDict()
+
+    def _check_full_rank(self) -> None:
+        """Raises InputError for a factor without an inverse: a rotated query or key may leave its range."""
+        for name, factors in (("W_Q", self._A_q), ("W_K", self._A_k)):
+            sigma = torch.linalg.svdvals(factors)
+            flawed = ~(sigma[..., -1] > _FULL_RANK * sigma[..., 0])
+            if bool(flawed.any()):
+                layer, head = flawed.nonzero()[0].tolist()
+                raise bad_value(
+                    "rope_basis", "fixed", f"heads of full rank ({name} of head {head} in layer {layer} is not)",
+                    "--model.rope_basis=offset",
+                )  # fmt: skip
 
     # ---- forward pass ----------------------------------------------------------------------------------------------
 
@@ -177,9 +206,7 @@ class HeadSpace:
             ]
             if self._is_rotary:
                 hooks += [(f"{attention}.hook_{part}", keep(part, layer, lambda t: t[0])) for part in ("cos", "sin")]
-        absent = sorted({str(name).rsplit(".", 1)[-1] for name, _ in hooks if name not in self.bridge.hook_dict})
-        if absent:
-            raise self._not_shown(absent)
+        self._check_shown(hooks)
         logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
         silent = [name for name in ("x", "keys", "scores", "pattern") if len(kept[name]) < self.n_layers]
         if silent:
@@ -216,6 +243,12 @@ class HeadSpace:
             torch.stack([sin.get(layer, 0 * straight) for layer in layers]),
         )
 
+    def _check_shown(self, hooks: Hooks) -> None:
+        """Raises InputError where the model does not have these hooks."""
+        absent = sorted({str(name).rsplit(".", 1)[-1] for name, _ in hooks if name not in self.bridge.hook_dict})
+        if absent:
+            raise self._not_shown(absent)
+
     def _not_shown(self, what: list[str]) -> InputError:
         architecture = type(self.bridge.original_model).__name__
         return InputError(
@@ -247,6 +280,170 @@ class HeadSpace:
         vectors: Tensor = self.weights(layer, head, side).mT @ rows.to(self._Q_q)
         return vectors
 
+    # ---- firings ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def find_firings(
+        self,
+        tokens: Int[Tensor, "batch n"],
+        length: Int[Tensor, "batch"],
+        rule: FiringRule,
+        take: Callable[[FiringBatch], None],
+        *,
+        query: Int[Tensor, "batch"] | None = None,
+    ) -> None:
+        """Run the model, and hand over the firings of all heads, layer by layer as they happen.
+
+        What one layer computes is gone before the next one computes anything.
+
+        Args:
+            tokens: As in :meth:`observe`.
+            length: Tokens of each prompt; positions after them are padding, and do not count.
+            rule: What counts as a firing, beside a positive score.
+            take: Called once for each layer that has any; their prompts are rows of ``tokens``.
+            query: Positions of the prompts' own queries, for a rule that counts these alone.
+
+        Raises:
+            InputError: The model does not show how it comes to its scores, or the rule needs positions.
+            CheckpointError: Scores that differ from the model's own by more than rounding.
+        """
+        position = torch.arange(tokens.shape[1], device=self.heads.W_Q.device)
+        asks = position < length.to(position.device)[:, None]  # [batch, n]
+        if not rule.every_query:
+            if query is None:
+                raise bad_value("query", None, "a position for each prompt with every_query=False", "pass query=...")
+            _check_positions("query", query, len(tokens), tokens.shape[1] - 1)
+            asks &= position == query.to(position.device)[:, None]
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(tensor: Tensor, hook: Any) -> None:
+                kept[name] = tensor
+
+            return hook
+
+        def finish(layer: int) -> Any:
+            def hook(pattern: Tensor, hook: Any) -> None:
+                found = self._firings_of_layer(layer, kept, pattern, asks, rule)
+                kept.clear()
+                if found is not None:
+                    take(found)
+
+            return hook
+
+        hooks: Hooks = []
+        shown = {"x": "in", "keys": "k", "scores": "attn_scores"}
+        if self._is_rotary:
+            shown |= {"cos": "cos", "sin": "sin"}
+        for layer in range(self.n_layers):
+            attention = f"blocks.{layer}.attn"
+            hooks += [(f"{attention}.hook_{name}", keep(what)) for what, name in shown.items()]
+            hooks.append((f"{attention}.hook_pattern", finish(layer)))
+        self._check_shown(hooks)
+        self.bridge.run_with_hooks(tokens.to(self.heads.W_Q.device), fwd_hooks=hooks, return_type=None)
+
+    def _firings_of_layer(
+        self, layer: int, kept: dict[str, Tensor], pattern: Tensor, asks: Tensor, rule: FiringRule
+    ) -> FiringBatch | None:
+        """The firings of one layer, from what it left behind; ``asks``: queries that count; None if there are none."""
+        own = kept["scores"]
+        position = torch.arange(pattern.shape[-1], device=pattern.device)
+        is_key = self._visible(position, len(position))[layer]  # [query, key]
+        n_keys = is_key.sum(-1)
+        fires = is_key & (pattern >= rule.threshold(n_keys)[:, None]) & (own > 0)
+        fires &= asks[:, None, :, None]
+        fires[..., 0] &= rule.first_token
+        fires &= (position[:, None] != position) | rule.self_attention
+        prompt, head, query, key = fires.nonzero(as_tuple=True)
+        if not len(head):
+            return None
+        x, keys = (kept[name].to(self.heads.W_Q.dtype) for name in ("x", "keys"))
+        if self.heads.has_bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        a = torch.einsum("bnd,hdi->bnhi", x, self._Q_q[layer])[prompt, query, head].double()
+        cos = sin = None
+        rotated = keys
+        if "cos" in kept:  # a layer without positions (NoPE) has none
+            cos, sin = kept["cos"][0], kept["sin"][0]
+            rotated = rotate(keys, cos[:, None], sin[:, None], layout=self._layout)
+        is_alone = (n_keys == 1)[query][:, None]
+        others = (n_keys[query] - 1)[:, None]
+
+        def at_key(vectors: Tensor) -> Tensor:
+            """Relative and raw key vectors [n, 2, H], as :func:`_at_key`."""
+            group = head // self._repeats
+            of_key = vectors[prompt, key, group].double()
+            total = torch.einsum("qk,bkhi->bqhi", is_key.to(vectors), vectors)[prompt, query, group].double()
+            relative = (of_key - (total - of_key) / others).masked_fill(is_alone, torch.nan)
+            return torch.stack([relative, of_key], dim=1)
+
+        seen = at_key(rotated)
+        direction = seen if cos is None or self._is_fixed else at_key(keys)
+        if cos is not None and sin is not None and not self._is_fixed:  # relative to the query
+            at = [part[query][:, None].double() for part in (cos, sin)]
+            seen = rotate(seen, *at, layout=self._layout, transpose=True)
+        A_q, to_key = self._A_q[layer], self._to_key[layer]
+        offset = key - query if cos is not None and not self._is_fixed else torch.zeros_like(key)
+        n = len(position)
+        codes, member = torch.unique(head * n - offset, return_inverse=True)
+        order = member.argsort(stable=True)
+        sizes = torch.bincount(member).tolist()
+        bases = self._bases_of_heads(layer, [divmod(code, n) for code in codes.tolist()], cos, sin)
+        parts = {name: seen.new_empty(len(head), self.rank, dtype=torch.float32) for name in _COORDINATES}
+        own_size = own.masked_fill(~is_key, 0).abs().amax()
+        rebuilt = seen.new_empty(len(head))
+        usual = seen.new_empty(len(head))
+        for code, members, basis in zip(codes.tolist(), order.split(sizes), bases, strict=True):
+            h = code // n
+            U, S, V = (part.double() for part in basis)
+            of_query = a[members]
+            q = of_query @ A_q[h] * self.heads.scale
+            usual[members] = q.norm(dim=-1) * seen[members, 1].norm(dim=-1) / self.d_head**0.5
+            if self._is_fixed and cos is not None and sin is not None:
+                at = [part[query[members]].double() for part in (cos, sin)]
+                of_query = rotate(of_query @ A_q[h], *at, layout=self._layout) @ self._to_query[layer, h].mT
+            left = of_query @ U
+            z = seen[members] @ (A_q[h].mT * self.heads.scale) @ U
+            rebuilt[members] = (left * z[:, 1]).sum(-1)
+            v = direction[members] @ to_key[h // self._repeats].mT @ V
+            values = (left, z[:, 0], v[:, 0], S.expand_as(left), z[:, 1], v[:, 1])
+            for name, value in zip(_COORDINATES, values, strict=True):
+                parts[name][members] = value.float()
+        cap = self._caps[layer]
+        if cap is not None:
+            rebuilt = cap * (rebuilt / cap).tanh()
+        at_pair = own[prompt, head, query, key]
+        off = (rebuilt - at_pair).abs()
+        beyond = off > _tolerance(own.dtype) * usual.clamp_min(float(own_size))
+        if bool(beyond.any()):
+            worst = int(torch.where(beyond, off, 0.0).argmax())
+            raise _off(layer, int(head[worst]), float(off[worst] / own_size), own.dtype)
+        scores = AttendedScores(**parts, attention=pattern[prompt, head, query, key].float())
+        return FiringBatch(layer * self.n_heads + head, prompt, query, key, scores)
+
+    def _bases_of_heads(
+        self, layer: int, wanted: list[tuple[int, int]], cos: Tensor | None, sin: Tensor | None
+    ) -> list[HeadSVD]:
+        """Core SVDs [H, R] of single heads of a layer: (head, how far the key lies behind the query) each."""
+        missing = [one for one in wanted if (layer, *one) not in self._head_bases]
+        if missing:
+            head, behind = torch.tensor(missing, device=self._A_q.device).T
+            turn = None
+            if cos is not None and sin is not None and not self._is_fixed:
+                first = torch.zeros_like(behind)
+                turn = self._turn(cos[behind], sin[behind], cos[first], sin[first])
+            made = self._svd_of(self._A_q[layer, head], self._A_k[layer, head // self._repeats], turn)
+            for one, *parts in zip(missing, *made, strict=True):
+                self._head_bases[layer, *one] = HeadSVD(*(part.clone() for part in parts))
+        bases = []
+        for one in wanted:
+            self._head_bases.move_to_end((layer, *one))
+            bases.append(self._head_bases[layer, *one])
+        size = sum(part.nbytes for part in bases[0])
+        while len(self._head_bases) > max(len(wanted), _KEPT_BYTES // size):
+            self._head_bases.popitem(last=False)
+        return bases
+
     # ---- decomposition ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -256,6 +453,7 @@ class HeadSpace:
         rotated = self._rotated(observed)
         a = self._queries(observed)
         self._check_scores(observed, a, rotated)
+        a = self._turned(observed, a)
         z = self._seen_from_query(observed, rotated)
         contributions = z.new_empty(*z.shape)
         for group, basis in self._groups(observed, key):
@@ -281,48 +479,68 @@ class HeadSpace:
         rotated = self._rotated(observed)
         a = self._queries(observed)
         error = self._check_scores(observed, a, rotated)
-        z = self._seen_from_query(observed, _relative(rotated, observed.is_key, key))[:, :, :, 0]
-        unrotated = _relative(observed.keys, observed.is_key, key)[:, :, 0].double()
-        coordinates = torch.einsum("lkij,lbkj->lkbi", self._to_key, unrotated).repeat_interleave(self._repeats, dim=1)
+        a = self._turned(observed, a)
+        at_key = _at_key(rotated, observed.is_key, key)
+        z = self._seen_from_query(observed, at_key)
+        if not self._is_fixed:
+            at_key = _at_key(observed.keys, observed.is_key, key)
+        coordinates = torch.einsum("lkij,lbmkj->lkbmi", self._to_key, at_key.double())
+        coordinates = coordinates.repeat_interleave(self._repeats, dim=1)
         shape = (self.n_layers, self.n_heads, len(key), self.rank)
-        coordinates_of = {
-            name: observed.x.new_empty(shape, dtype=torch.float32) for name in ("query", "key", "direction", "S")
-        }
+        coordinates_of = {name: observed.x.new_empty(shape, dtype=torch.float32) for name in _COORDINATES}
         for group, basis in self._groups(observed, key):
             U, S, V = (part.double() for part in basis)
             coordinates_of["query"][:, :, group] = (a[:, :, group] @ U).float()
-            coordinates_of["key"][:, :, group] = (z[:, :, group] @ U).float()
-            coordinates_of["direction"][:, :, group] = (coordinates[:, :, group] @ V).float()
+            for i, kind in enumerate(("", "raw_")):
+                coordinates_of[f"{kind}key"][:, :, group] = (z[:, :, group, i] @ U).float()
+                coordinates_of[f"{kind}direction"][:, :, group] = (coordinates[:, :, group, i] @ V).float()
             coordinates_of["S"][:, :, group] = S[:, :, None].float()
         batch = torch.arange(len(key), device=key.device)
         return AttendedScores(**coordinates_of, attention=observed.pattern[:, :, batch, key].float(), error=error)
 
     def svd(self, observed: Observed, query: int, key: int) -> HeadSVD:
         """Core SVD [layer, head, H, R] of the offset from a query position to a key position."""
-        offset = 0 if observed.rotation is None else key - query
+        offset = key - query if self._has_offsets(observed.rotation) else 0
         if offset in self._bases:
             self._bases.move_to_end(offset)
             return self._bases[offset]
         A_k = self._A_k.repeat_interleave(self._repeats, dim=1)
-        if observed.rotation is None:
-            core = self._A_q @ A_k.mT
-        else:
-            eye = torch.eye(self.d_head, dtype=torch.float64, device=A_k.device).expand(self.n_layers, -1, -1)
-            cos, sin = (part.double()[:, :, None] for part in observed.rotation)
-            # rotate turns rows, so M is transposed
-            turn = [rotate(eye, cos[:, at], sin[:, at], layout=self._layout) for at in (query, key)]
-            core = self._A_q @ (turn[0] @ turn[1].mT)[:, None] @ A_k.mT
-        U, S, V = verified_svd(core * self.heads.scale)
-        # float32 is enough for orthonormal columns; the sums over them stay exact to 1e-7
-        basis = HeadSVD(U.float(), S.float(), V.float())
+        turn = None
+        if self._has_offsets(observed.rotation):
+            assert observed.rotation is not None
+            cos, sin = observed.rotation
+            turn = self._turn(cos[:, query], sin[:, query], cos[:, key], sin[:, key])[:, None]
+        basis = self._svd_of(self._A_q, A_k, turn)
         self._bases[offset] = basis
         if len(self._bases) > _KEPT_OFFSETS:
             self._bases.popitem(last=False)
         return basis
 
+    def _has_offsets(self, rotation: tuple[Tensor, Tensor] | None) -> bool:
+        """True if the basis depends on the offset from query to key."""
+        return rotation is not None and not self._is_fixed
+
+    def _turn(self, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor) -> Tensor:
+        """M_p^T M_j [..., H, H], from cosines and sines of the query's position and of the key's [..., rotary]."""
+        eye = torch.eye(self.d_head, dtype=torch.float64, device=cos_q.device).expand(*cos_q.shape[:-1], -1, -1)
+        # rotate turns rows, so M is transposed
+        at_query, at_key = (
+            rotate(eye, cos.double()[..., None, :], sin.double()[..., None, :], layout=self._layout)
+            for cos, sin in ((cos_q, sin_q), (cos_k, sin_k))
+        )
+        turn: Tensor = at_query @ at_key.mT
+        return turn
+
+    def _svd_of(self, A_q: Tensor, A_k: Tensor, turn: Tensor | None) -> HeadSVD:
+        """SVD of cores [..., H, H], with a turn in between."""
+        core = A_q @ A_k.mT if turn is None else A_q @ turn @ A_k.mT
+        U, S, V = verified_svd(core * self.heads.scale)
+        # float32 is enough for orthonormal columns; the sums over them stay exact to 1e-7
+        return HeadSVD(U.float(), S.float(), V.float())
+
     def _groups(self, observed: Observed, key: Tensor) -> list[tuple[Tensor, HeadSVD]]:
         """Prompts with the same offset, each group with its basis."""
-        offsets = key - observed.query if observed.rotation is not None else torch.zeros_like(key)
+        offsets = key - observed.query if self._has_offsets(observed.rotation) else torch.zeros_like(key)
         groups = []
         for offset in sorted(set(offsets.tolist())):
             members = (offsets == offset).nonzero().squeeze(-1)
@@ -341,11 +559,20 @@ class HeadSpace:
         """Queries in the orthonormal basis Q_q, in which a score is an inner product [layer, head, batch, H]."""
         return torch.einsum("lbd,lhdi->lhbi", observed.x, self._Q_q).double()
 
+    def _turned(self, observed: Observed, a: Tensor) -> Tensor:
+        """With a fixed basis, queries with their positions moved into them (x~); else as they are."""
+        if not self._is_fixed or observed.rotation is None:
+            return a
+        cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
+        turned: Tensor = rotate(a @ self._A_q, cos, sin, layout=self._layout) @ self._to_query.mT
+        return turned
+
     def _seen_from_query(self, observed: Observed, rotated: Tensor) -> Tensor:
         """Keys in the basis Q_q of each query head [layer, head, batch, n, H], float64."""
         rotated = rotated.double()
-        if observed.rotation is not None:
+        if self._has_offsets(observed.rotation):
             # relative to the query, a key is rotated back by the query's position
+            assert observed.rotation is not None
             cos, sin = (part[:, observed.query, None, None].double() for part in observed.rotation)
             rotated = rotate(rotated, cos, sin, layout=self._layout, transpose=True)
         rotated = rotated.repeat_interleave(self._repeats, dim=3)
@@ -379,7 +606,7 @@ class HeadSpace:
         longest = rotated.norm(dim=-1).masked_fill(~observed.is_key[..., None], 0).amax(2)
         usual = (grouped.norm(dim=-1) * longest[..., None]).flatten(2).amax(1) / self.d_head**0.5
         dtype = observed.scores.dtype
-        share = max(_TOLERANCE.get(dtype, 0.0), _ROUNDINGS * torch.finfo(dtype).eps)
+        share = _tolerance(dtype)
         beyond = difference > share * torch.maximum(size, usual)
         if bool(beyond.any()):
             worst = torch.where(beyond, error, 0.0)
@@ -391,12 +618,27 @@ class HeadSpace:
                     f"{off:.2g} of the largest). Allowed: dot products with biases, rotary positions, "
                     "grouped queries and soft caps. Fix: use another model."
                 )
-            raise CheckpointError(
-                f"the rebuilt scores of head {head} in layer {layer} are off by {off:.2g} of the largest, more than "
-                f"the {share:.2g} that rounding in {_name(dtype)} explains"
-            )
+            raise _off(layer, head, off, dtype)
         relative: Tensor = error.float()
         return relative
+
+
+def check_rope_basis(rope_basis: str) -> None:
+    """Raises InputError for a basis that there is not."""
+    if rope_basis not in get_args(RopeBasis):
+        raise bad_value("rope_basis", rope_basis, "'offset' or 'fixed'", "change --model.rope_basis")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far rebuilt scores of this type may be off, relative to the largest."""
+    return max(_TOLERANCE.get(dtype, 0.0), _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def _off(layer: int, head: int, off: float, dtype: torch.dtype) -> CheckpointError:
+    return CheckpointError(
+        f"the rebuilt scores of head {head} in layer {layer} are off by {off:.2g} of the largest, more than "
+        f"the {_tolerance(dtype):.2g} that rounding in {_name(dtype)} explains"
+    )
 
 
 def _check_range(observed: Observed) -> None:
@@ -432,8 +674,8 @@ def _at_least_float32(heads: AttentionHeads) -> AttentionHeads:
     return replace(heads, W_Q=heads.W_Q.to(wide), W_K=heads.W_K.to(wide), b_Q=b_Q, b_K=b_K)
 
 
-def _relative(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
-    """The attended key minus the mean of the other keys that the query sees.
+def _at_key(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
+    """The attended key minus the mean of the other keys that the query sees, and the attended key itself.
 
     Args:
         keys: [layer, batch, n, head, H].
@@ -441,15 +683,15 @@ def _relative(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
         attended: [batch].
 
     Returns:
-        [layer, batch, 1, head, H]; NaN where there is no other key, or where the query does not see the attended one.
+        [layer, batch, 2, head, H]; NaN where there is no other key (the first of the two), or where the query does not
+        see the attended one.
     """
     batch = torch.arange(len(attended), device=attended.device)
     of_key = keys[:, batch, attended].masked_fill(~is_key[:, batch, attended][..., None, None], torch.nan)
     weights = is_key.to(keys.dtype)
     total = torch.einsum("lbn,lbnhi->lbhi", weights, keys)
     n_others = weights.sum(-1)[..., None, None] - 1
-    relative: Tensor = of_key - (total - of_key) / n_others
-    return relative[:, :, None]
+    return torch.stack([of_key - (total - of_key) / n_others, of_key], dim=2)
 
 
 def _layout(cfg: Any) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,19 @@ from torch import Tensor
 from svf_lightning import __version__
 from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line
 from svf_lightning.files import write_json
-from svf_lightning.probe import AllKeys, AttendedScores, Coordinate, Decompose, Probe
+from svf_lightning.probe import (
+    AllKeys,
+    AttendedScores,
+    Coordinate,
+    Decompose,
+    FindFirings,
+    FiringBatch,
+    FiringRule,
+    Probe,
+)
 from svf_lightning.replay.bridge import Processing, check_folded, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
-from svf_lightning.replay.decompose import HeadSpace
+from svf_lightning.replay.decompose import HeadSpace, RopeBasis, check_rope_basis
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.intervention import PromptInterventions
 from svf_lightning.replay.model_files import hash_and_fingerprint
@@ -56,6 +65,9 @@ class CheckpointReplay(pl.LightningModule):
         features: Proxy features: words, whose embedding vectors are taken, or a .npy or .safetensors file with a
             dictionary (SAE decoder); null for none.
         feature_pairs: Pairs of words (query side, key side) among them whose alignment is measured.
+        rope_basis: Singular vectors of a head with rotary positions: "offset", those of the offset from query to key
+            (arXiv 2602.13524), or "fixed", one basis for all, with positions moved into the tokens through
+            the pseudo-inverses of W_Q and W_K (its authors' later code). Scores are the same.
 
     Raises:
         InputError: An option out of range, or options that do not fit each other.
@@ -67,6 +79,7 @@ class CheckpointReplay(pl.LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         features: str | list[str] | None = None,
         feature_pairs: list[list[str]] | None = None,
+        rope_basis: RopeBasis = "offset",
     ) -> None:
         super().__init__()
         if processing not in ("folded", "raw"):
@@ -75,7 +88,9 @@ class CheckpointReplay(pl.LightningModule):
             raise bad_value("dtype", dtype, ", ".join(_DTYPES), "change --model.dtype")
         if feature_pairs and not isinstance(features, list):
             raise bad_value("feature_pairs", feature_pairs, "null without words in features", "set --model.features")
+        check_rope_basis(rope_basis)
         self.processing: Processing = processing
+        self.rope_basis: RopeBasis = rope_basis
         self.dtype_name = dtype
         self.features_from, self.feature_pairs = features, feature_pairs or []
         self._pairs = named_pairs(features, self.feature_pairs) if isinstance(features, list) else None
@@ -101,12 +116,18 @@ class CheckpointReplay(pl.LightningModule):
             **{f"source.{name}": value for name, value in data.source.identity().items()},
             "processing": self.processing,
             "dtype": self.dtype_name,
+            **self._basis,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
             **({"templates": templates} if (templates := data.own_templates) else {}),
             "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
+
+    @property
+    def _basis(self) -> dict[str, str]:
+        """The basis, where it is not the one that earlier versions had: their runs go on."""
+        return {} if self.rope_basis == "offset" else {"rope_basis": self.rope_basis}
 
     def probe(self) -> Probe:
         """The checkpoint and the prompts of the last batch.
@@ -248,7 +269,7 @@ class CheckpointReplay(pl.LightningModule):
         (some,) = batches(data.prompts[::every], _N_COMPARED)
         some = some.to(device)
         logits = _plain_logits(loaded.model, some)
-        space = HeadSpace(make_bridge(loaded.model, processing=self.processing))
+        space = HeadSpace(make_bridge(loaded.model, processing=self.processing), rope_basis=self.rope_basis)
         if self.processing == "folded":
             check_folded(space.bridge, some.tokens)
         observed = space.observe(some.tokens, some.query)
@@ -292,7 +313,10 @@ class CheckpointReplay(pl.LightningModule):
             contributions, _ = current.space.decompose(some, key)
             return AllKeys(contributions, some.pattern.float(), some.is_key[:, None], some.query, key)
 
-        return self._make_probe(current, scores, again, decompose, batch.part)
+        def find_firings(rule: FiringRule, take: Callable[[FiringBatch], None]) -> None:
+            current.space.find_firings(prompts.tokens, prompts.length, rule, take, query=prompts.query)
+
+        return self._make_probe(current, scores, again, decompose, find_firings, batch.part)
 
     def _fail(self, ref: CheckpointRef, error: Exception) -> None:
         """Write down that a checkpoint failed; the others go on."""
@@ -323,6 +347,7 @@ class CheckpointReplay(pl.LightningModule):
         scores: AttendedScores,
         again: PromptInterventions,
         decompose: Decompose,
+        find_firings: FindFirings,
         part: tuple[int, int],
     ) -> Probe:
         loaded = current.loaded
@@ -345,6 +370,7 @@ class CheckpointReplay(pl.LightningModule):
             intervene=again.take_off,
             interventions=again,
             decompose=decompose,
+            find_firings=find_firings,
             part=part,
             is_last=loaded.ref == self.data.refs[-1],
             batch_dims=("layer", "head"),
@@ -356,6 +382,7 @@ class CheckpointReplay(pl.LightningModule):
                 "weight_hash": loaded.weight_hash,
                 "processing": self.processing,
                 "dtype": self.dtype_name,
+                **self._basis,
                 "code_version": __version__,
             },
         )

@@ -135,6 +135,7 @@ class PromptBatch:
         key: Positions of the attended tokens.
         correct: Ids of the right next tokens.
         wrong: Ids of the wrong next tokens.
+        length: Number of tokens of each prompt; what comes after them is padding.
         counterfactuals: Token ids of other prompts by name, if all of these have one of that name.
     """
 
@@ -143,6 +144,7 @@ class PromptBatch:
     key: Int[Tensor, "batch"]
     correct: Int[Tensor, "batch"]
     wrong: Int[Tensor, "batch"]
+    length: Int[Tensor, "batch"]
     counterfactuals: Mapping[str, Int[Tensor, "batch n"]] = dataclasses.field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> PromptBatch:
@@ -153,6 +155,7 @@ class PromptBatch:
             key=self.key.to(device),
             correct=self.correct.to(device),
             wrong=self.wrong.to(device),
+            length=self.length.to(device),
             counterfactuals={name: tokens.to(device) for name, tokens in self.counterfactuals.items()},
         )
 
@@ -694,6 +697,7 @@ def _batch(prompts: Sequence[Prompt], pad: int) -> PromptBatch:
         key=torch.tensor([prompt.key for prompt in prompts]),
         correct=torch.tensor([prompt.correct for prompt in prompts]),
         wrong=torch.tensor([prompt.wrong for prompt in prompts]),
+        length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
         counterfactuals={name: padded(other[name] for other in others) for name in names},
     )
 

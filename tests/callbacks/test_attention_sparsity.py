@@ -187,7 +187,16 @@ def test_without_query_key_pairs_there_is_nothing():
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_draws": 0}, {"n_task_heads": 0}, {"attending": 1.0}, {"every_n_steps": 0}], ids=str
+    "options",
+    [
+        {"n_draws": 0},
+        {"n_task_heads": 0},
+        {"attending": 1.0},
+        {"every_n_steps": 0},
+        {"recon_share": 0},
+        {"scores": "softmax"},
+    ],
+    ids=str,
 )
 def test_options_out_of_range_are_input_errors(options):
     with pytest.raises(InputError, match=next(iter(options))):
@@ -200,3 +209,30 @@ def test_its_options_are_its_arguments():
     }  # fmt: skip
     given = {"n_draws": 4, "seed": 1, "n_task_heads": 2, "attending": 0.25, "keep_prompts": False, "every_n_steps": 9}
     assert AttentionSparsity(**given).options() == given
+
+
+def test_options_that_came_later_are_told_where_they_are_used_so_that_earlier_runs_go_on():
+    assert not {"recon_share", "scores"} & AttentionSparsity().options().keys()
+    options = AttentionSparsity(recon_share=0.7, scores="raw").options()
+    assert (options["recon_share"], options["scores"]) == (0.7, "raw")
+
+
+@pytest.mark.parametrize(("scores", "share"), [("relative", 0.7), ("raw", 1.0), ("raw", 0.7)])
+def test_scores_are_relative_or_raw_and_reached_as_far_as_asked_for(scores, share):
+    shown = []
+    for i, probe in enumerate(parts(2)):
+        g = torch.Generator().manual_seed(i)
+        raw = {f"raw_{name}": torch.randn(2, 3, 5, 6, generator=g) for name in ("key", "direction")}
+        shown.append(replace(probe, scores=replace(probe.scores, **raw)))
+    callback = AttentionSparsity(n_draws=2, scores=scores, recon_share=share)
+    for probe in shown:
+        callback.observe(probe)
+    found = callback.measure(Probe.stack(shown[:1]))
+    of_query, of_key = (
+        torch.cat([getattr(p.scores, name) for p in shown], -2)
+        for name in ("query", {"raw": "raw_key"}.get(scores, "key"))
+    )
+    contributions = of_query * of_key
+    torch.testing.assert_close(found["prompt/score"][0], contributions.sum(-1))
+    torch.testing.assert_close(found["prompt/sparseness"][0], sparseness(contributions))
+    assert torch.equal(found["prompt/n_recon"][0].long(), n_recon(contributions, share))

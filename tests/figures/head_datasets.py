@@ -76,6 +76,23 @@ def directions(rng, task):
     return variables
 
 
+def with_firings(run):
+    """The run with histograms of firings under the names of the Firings callback; one head never fires."""
+    rng = np.random.default_rng(2)
+    histograms = {
+        "top_index_histogram": (rng.integers(0, 50, (T, L, H, R)), "rank"),
+        "n_recon_histogram": (rng.integers(0, 50, (T, L, H, R + 1)), "n_recon"),
+        "n_recon_histogram_rotated": (rng.integers(0, 200, (T, L, H, R + 1)), "n_recon"),
+    }
+    for counts, dim in histograms.values():
+        counts[:, *NO_SCORE] = 0
+        if dim == "n_recon":
+            counts[..., -2:] = 0  # no score needs all
+    return run.assign(
+        {f"firings/{name}": (("step", "layer", "head", dim), counts) for name, (counts, dim) in histograms.items()}
+    )
+
+
 def toy():
     """A run of the toy model."""
     rng = np.random.default_rng(1)

@@ -16,11 +16,13 @@ from figures.head_datasets import (
     L,
     P,
     R,
+    T,
     named,
     run_for,
     synthetic,
     toy,
     values_in,
+    with_firings,
     without,
 )  # fmt: skip
 from helpers.training import train
@@ -410,14 +412,14 @@ def test_fig_8_counts_the_largest_contributors_of_all_heads_and_of_those_that_at
         figure.data,
         (every, own),
         headings(figure),
-        ("all heads", f"attention on the key at least {attending}"),
+        ("task's key, all heads", f"task's key, attention at least {attending}"),
         strict=True,
     ):
         np.testing.assert_array_equal(bars.x, np.arange(1, R + 1))
         np.testing.assert_allclose(bars.y, histogram(values, range(R)))
         assert sum(bars.y) == pytest.approx(1)
         assert heading == f"{what}: {len(values)} (prompt, head) pairs"
-        assert found == f"in the last eighth: {np.mean(values >= R - 2):.1%}"
+        assert found == f"in the last eighth: {np.mean(values >= R - 2):.1%}, by chance {2 / R:.1%}"
     for shape in (s for s in figure.layout.shapes if s.type == "rect"):
         assert (shape.x0, shape.x1) == (R - 2 + 0.5, R + 0.5)  # an eighth of 17 are 2
     rules = [s.y0 for s in figure.layout.shapes if s.type == "line"]
@@ -450,11 +452,83 @@ def test_fig_9_shows_a_score_of_zero_and_ends_at_the_largest(run):
     np.testing.assert_allclose(bars.y, histogram(values[-1][values[-1] >= 0], range(6)))
 
 
+def test_fig_8_has_the_firings_of_all_heads_above_the_tasks_key(run):
+    figure = fig_8(with_firings(run))
+    counts = with_firings(run)["firings/top_index_histogram"].values[-1].sum((0, 1))
+    np.testing.assert_array_equal(figure.data[0].x, np.arange(1, R + 1))
+    np.testing.assert_allclose(figure.data[0].y, counts / counts.sum())
+    heading, found = headings(figure)[0]
+    assert heading == f"firings of all heads: {counts.sum():,}"
+    assert found == f"in the last eighth: {counts[-2:].sum() / counts.sum():.1%}, by chance {2 / R:.1%}"
+    below = fig_8(run)
+    for bars, alone in zip(figure.data[1:], below.data, strict=True):
+        np.testing.assert_array_equal(bars.y, alone.y)
+    assert headings(figure)[1:] == headings(below)
+    domains = [figure.layout[f"yaxis{i}"].domain for i in ("", 2, 3)]
+    assert domains[0][0] > domains[1][1]  # above
+    assert domains[1] == domains[2]
+    lines = {(s.yref, s.y0) for s in figure.layout.shapes if s.type == "line"}
+    assert lines == {("y", 1 / R), ("y2", 1 / R), ("y3", 1 / R)}
+    assert figure.layout.yaxis.title.text == "share of firings"
+
+
+def test_fig_9_has_the_firings_of_all_heads_with_what_a_rotated_basis_gives(run):
+    dataset = with_firings(run)
+    figure = fig_9(dataset)
+    counts, rotated = (dataset[f"firings/n_recon_histogram{end}"].values[-1].sum((0, 1)) for end in ("", "_rotated"))
+    last = max(np.flatnonzero(counts + rotated)[-1], run["prompt/n_recon"].values[-1].max())
+    (bars,) = [t for t in figure.data if t.name == "firings of all heads"]
+    (line,) = [t for t in figure.data if t.type == "scatter"]
+    np.testing.assert_array_equal(bars.x, np.arange(0, last + 1))  # a firing may need none
+    np.testing.assert_array_equal(line.x, bars.x)
+    np.testing.assert_allclose(bars.y, counts[: last + 1] / counts.sum())
+    np.testing.assert_allclose(line.y, rotated[: last + 1] / rotated.sum())
+    few, few_rotated = (each[:5].sum() / each.sum() for each in (counts, rotated))
+    median = np.median(np.repeat(np.arange(R + 1), counts))
+    heading = [f"firings of all heads: {counts.sum():,}", f"median {median:.3g} of {R}, at most 4: {few:.1%}"]
+    assert headings(figure)[0] == [heading[0], f"{heading[1]} (rotated basis: {few_rotated:.1%})"]
+    assert figure.layout.shapes[0].x0 == median
+    assert figure.layout.yaxis.range[1] > max(*line.y, *bars.y)
+
+
+def test_fig_9_tells_what_a_rotated_basis_gives_for_the_key_where_it_was_measured(run):
+    few = np.linspace(0, 1, T * L * H).reshape(T, L, H)
+    few[-1, *NO_SCORE] = np.nan
+    figure = fig_9(run.assign({"sad/n_recon_at_most_4_rotated": (("step", "layer", "head"), few)}))
+    assert headings(figure)[0][1].endswith(f"(rotated basis: {np.nanmean(few[-1]):.1%})")
+    assert "rotated" not in headings(figure)[1][1]
+
+
+@pytest.mark.parametrize("name", ["fig_8", "fig_9"])
+def test_what_figures_of_scores_say_has_the_numbers_of_each_group_beside_chance_or_a_rotated_basis(name, run):
+    dataset = with_firings(run)
+    data = FIGURES[name].data(dataset)
+    sentences = FIGURES[name].sentences(dataset)
+    assert len(sentences) == 3
+    for i, sentence in enumerate(sentences):
+        assert sentence.text.startswith(data.group[i].capitalize()[:9])
+        measured = data.share_in_last_eighth[i] if name == "fig_8" else data.share_at_most_4[i]
+        assert f"{measured:.1%}" in sentence.text
+        assert int(sentence.evidence["n"]) == data.n_scores[i]
+    null = data.chance if name == "fig_8" else data.share_at_most_4_rotated[0]
+    assert f"{null:.1%}" in sentences[0].text
+
+
+def test_no_firing_at_all_leaves_an_empty_panel_and_is_not_told(run):
+    dataset = with_firings(run)
+    dataset = dataset.assign({name: dataset[name] * 0 for name in dataset if name.startswith("firings/")})
+    for name in ("fig_8", "fig_9"):
+        figure = FIGURES[name](dataset)
+        assert headings(figure)[0] == ["firings of all heads: 0", "none"]
+        assert not any(figure.data[0].y)
+        assert len(FIGURES[name].sentences(dataset)) == 2
+
+
 @pytest.mark.parametrize("name", ["fig_8", "fig_9"])
 def test_that_no_head_attends_is_said_beside_what_all_heads_do(name, run):
     quiet = run.assign({"prompt/attention": run["prompt/attention"] * 0.5})
     figure = FIGURES[name](quiet)
-    assert headings(figure)[1] == ["attention on the key at least 0.5: 0 (prompt, head) pairs", "none"]
+    assert headings(figure)[1] == ["task's key, attention at least 0.5: 0 (prompt, head) pairs", "none"]
     assert sum(figure.data[0].y) == pytest.approx(1)
     assert not any(figure.data[1].y)
     assert {(s.xref or "x")[:2] for s in figure.layout.shapes} <= {"x", "x "}

@@ -131,6 +131,44 @@ def test_n_recon_of_known_vectors(v, expected):
     assert int(n_recon(torch.tensor(v))) == expected
 
 
+@SETTINGS
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 30), share=st.floats(0.01, 1))
+def test_n_recon_of_a_share_is_the_smallest_number_that_reaches_it(seed, n, share):
+    v = randn(n, seed=seed)
+    found = int(n_recon(v, share))
+    w = np.sort(v.numpy() * (-1 if v.sum() < 0 else 1))[::-1]
+    assert w[:found].sum() >= share * w.sum() - 1e-12 * np.abs(w).sum()
+    assert found == 1 or w[: found - 1].sum() < share * w.sum()
+    assert found <= int(n_recon(v))
+    assert int(n_recon(-3 * v, share)) == found
+
+
+def test_what_cancels_moves_the_count_of_the_whole_and_not_that_of_a_share():
+    v = torch.tensor([2.0, 1.0, *(1e-9 * (-1) ** i for i in range(20))], dtype=torch.float64)
+    v[2] += 1e-8
+    assert int(n_recon(v)) > 2
+    assert int(n_recon(v, 0.999)) == 2
+    assert int(n_recon(v, 0.5)) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.01])
+def test_a_share_out_of_range_is_an_input_error(share):
+    with pytest.raises(InputError, match=r"recon_share=.*\(0, 1\]"):
+        n_recon(torch.ones(3), share)
+    with pytest.raises(InputError, match=r"recon_share=.*\(0, 1\]"):
+        SparseAttention(share=share)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_the_share_reaches_the_rotated_bases_too(share):
+    R, n, n_draws = 12, 40, 4
+    q, k, S = randn(n, R, seed=0), randn(n, R, seed=1), torch.ones(1, R, dtype=torch.float64)
+    found = measure_sparsity(q, k, k, S, n_draws=n_draws, seed=3, share=share)
+    A = haar_orthogonal(R, 2 * n_draws, seed=3)[:n_draws]
+    assert torch.equal(found.n_recon, n_recon(q * k, share))
+    assert torch.equal(found.n_recon_draws, torch.stack([n_recon((q @ a) * (k @ a), share) for a in A], -1))
+
+
 # --- controls
 
 

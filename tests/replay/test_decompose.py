@@ -253,3 +253,97 @@ def test_positions_that_do_not_fit_are_refused(query, key, message):
 def test_an_unknown_processing_is_refused():
     with pytest.raises(InputError, match="'folded' or 'raw'"):
         make_bridge(random_model("gpt2"), processing="fold")
+
+
+# ---- one basis for all offsets
+
+
+ROTARY = [family for family in FAMILIES if family != "gpt2"]
+
+
+def turned(model, layer: int, W: torch.Tensor, position: int) -> np.ndarray:
+    """M_p W with the model's own rotation of a position; columns of W [H, D'] are vectors of the head."""
+    cos, sin = (cached(model, f"attn.hook_{part}")[layer, 0, position] for part in ("cos", "sin"))
+    n = cos.shape[-1]
+    rows = W.T[None, None, :, :n]
+    at = [part.expand(1, rows.shape[2], n) for part in (cos, sin)]
+    return torch.cat([apply_rotary_pos_emb(rows, rows, *at)[0][0, 0], W.T[:, n:]], 1).T.double().detach().numpy()
+
+
+@pytest.mark.parametrize("processing", BOTH)
+@pytest.mark.parametrize("family", ROTARY)
+def test_in_a_fixed_basis_contributions_are_those_of_tokens_rotated_through_dense_pseudo_inverses(family, processing):
+    model = bridge(family, processing)
+    space = HeadSpace(model, rope_basis="fixed")
+    observed = space.observe(tokens(), QUERY)
+    contributions, scores = space.decompose(observed, KEY)
+    own = cached(model, "attn.hook_attn_scores")[:, BATCH, :, QUERY].permute(1, 2, 0, 3)
+    seen = observed.is_key[:, None].expand_as(own)
+    assert (capped(model, scores) - own)[seen].abs().max() < 1e-5 * scores.abs().max()
+    x = cached(model, "attn.hook_in").double()
+    if model.blocks[0].attn.b_Q is not None:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    layer, head, prompt = 1, 3, 2
+    group = model.cfg.n_heads // model.W_K.shape[1]
+    W_Q, W_K = model.W_Q[layer, head].T, model.W_K[layer, head // group].T
+    attention = model.blocks[layer].attn
+    if attention.b_Q is not None:
+        W_Q = torch.cat([W_Q, attention.b_Q[head][:, None]], 1)
+        W_K = torch.cat([W_K, attention.b_K[head // group][:, None]], 1)
+    scale = attention.original_component.scaling
+    U, S, Vt = np.linalg.svd((W_Q.T.double() @ W_K.double() * scale).detach().numpy())
+    rank = model.cfg.d_head
+    pinv_Q, pinv_K = (np.linalg.pinv(W.double().detach().numpy()) for W in (W_Q, W_K))
+    query = int(QUERY[prompt])
+    moved = pinv_Q @ turned(model, layer, W_Q, query) @ x[layer, prompt, query].numpy()
+    for key in range(query + 1):
+        if seen[layer, head, prompt, key]:
+            other = pinv_K @ turned(model, layer, W_K, key) @ x[layer, prompt, key].numpy()
+            expected = (moved @ U)[:rank] * S[:rank] * (Vt @ other)[:rank]
+            found = contributions[layer, head, prompt, key].numpy()
+            np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+    offset, _ = HeadSpace(model).decompose(observed, KEY)
+    assert (contributions - offset)[seen].abs().amax() > offset[seen].abs().max() / 10  # another basis
+
+
+@pytest.mark.parametrize("basis", ["offset", "fixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attended_scores_are_relative_or_raw_in_either_basis(family, basis):
+    model = bridge(family)
+    space = HeadSpace(model, rope_basis=basis)
+    observed = space.observe(tokens(), QUERY)
+    attended = space.attended(observed, KEY)
+    contributions, _ = space.decompose(observed, KEY)
+    seen = observed.is_key[:, None].expand(-1, space.n_heads, -1, -1)
+    relative = relative_attention(contributions.double(), seen)[:, :, BATCH, KEY].float()
+    torch.testing.assert_close(attended.taken("relative").contributions, relative, rtol=1e-4, atol=2e-5)
+    raw = attended.taken("raw")
+    torch.testing.assert_close(raw.contributions, contributions[:, :, BATCH, KEY], rtol=1e-4, atol=2e-5)
+    if basis == "fixed" or family == "gpt2":  # the key's own coordinates make the score
+        torch.testing.assert_close(raw.key, raw.S * raw.direction, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(attended.key, attended.S * attended.direction, rtol=1e-3, atol=1e-3)
+
+
+def test_without_rotary_positions_there_is_one_basis_anyway():
+    model = bridge("gpt2")
+    one, other = (HeadSpace(model, rope_basis=basis) for basis in ("offset", "fixed"))
+    observed = one.observe(tokens(), QUERY)
+    assert torch.equal(one.decompose(observed, KEY)[0], other.decompose(observed, KEY)[0])
+
+
+def test_heads_without_an_inverse_have_no_fixed_basis():
+    model = random_model("gpt_neox")
+    with torch.no_grad():
+        qkv = model.gpt_neox.layers[1].attention.query_key_value
+        width = model.config.hidden_size // model.config.num_attention_heads
+        qkv.weight.view(5, 3, width, -1)[2, 1, 0] = 0
+        qkv.bias.view(5, 3, width)[2, 1, 0] = 0
+    with pytest.raises(
+        InputError, match=r"rope_basis='fixed'.*W_K of head 2 in layer 1.*Fix: --model.rope_basis=offset"
+    ):
+        HeadSpace(make_bridge(model), rope_basis="fixed")
+
+
+def test_an_unknown_basis_is_refused():
+    with pytest.raises(InputError, match=r"rope_basis='each'.*'offset' or 'fixed'"):
+        HeadSpace(bridge("llama"), rope_basis="each")

@@ -24,7 +24,7 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 def interventions(model, seed: int = 1, **counterfactuals) -> PromptInterventions:
     space = HeadSpace(model)
-    prompts = PromptBatch(tokens(seed), QUERY, KEY, torch.tensor([3, 4, 5, 6]), torch.tensor([7, 8, 9, 10]))
+    prompts = PromptBatch(tokens(seed), QUERY, KEY, torch.tensor([3, 4, 5, 6]), torch.tensor([7, 8, 9, 10]), QUERY + 1)
     return PromptInterventions(space, space.observe(prompts.tokens, QUERY), prompts, counterfactuals)
 
 
