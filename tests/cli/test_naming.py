@@ -56,9 +56,9 @@ HUB = "--data.source.init_args.repo="
 @pytest.mark.parametrize(
     ("args", "name", "claims"),
     [
-        ((), "tiny_suite", 14),
-        (("--data.n_prompts=9", "--data.source.init_args.steps=[0]"), "tiny_suite", 14),
-        (("--data.source.init_args.folder=elsewhere",), "tiny_suite", 14),  # the same suite in another place
+        ((), "tiny_suite", 18),
+        (("--data.n_prompts=9", "--data.source.init_args.steps=[0]"), "tiny_suite", 18),
+        (("--data.source.init_args.folder=elsewhere",), "tiny_suite", 18),  # the same suite in another place
         (("--data.source.init_args.settings.seed=3",), "tiny_suite_seed=3", 0),
         (FOLDER, "my_model", 0),
         (("--data.prompts=mine.jsonl",), "tiny_suite_mine", 0),
@@ -127,7 +127,7 @@ def test_the_command_files_a_model_of_ones_own_under_its_name(suite, command, ty
     assert result.returncode == 0, result.stderr
     run_dir = command.folder / result.stdout.strip().splitlines()[-1]
     assert run_dir.parent.name == "my_named_model"
-    assert "14 claims about tiny_suite are not judged" in result.stderr
+    assert "18 claims about tiny_suite are not judged" in result.stderr
     summary = read_summary(run_dir)
     assert (summary["experiment"], summary["claims"]) == ("my_named_model", [])
     page = (run_dir / "report.html").read_text()

@@ -597,7 +597,8 @@ def test_a_missing_field_is_an_input_error(tmp_path, words, field):
     row = {name: value for name, value in GOOD.items() if name != field}
     for path, line in ((write(tmp_path / "p.jsonl", GOOD, row), 2), (write(tmp_path / "p.csv", row), 1)):
         with pytest.raises(
-            InputError, match=rf", line {line}: fields=.*query and template may be left out.*Fix: add {field}\."
+            InputError,
+            match=rf", line {line}: fields=.*query, template, counterfactual may be left out.*Fix: add {field}\.",
         ):
             read_prompts(path, words)
 
@@ -831,7 +832,7 @@ def test_a_batch_moves_as_a_whole():
         flat = vars(batch) | {f"counterfactual {name}": tokens for name, tokens in batch.counterfactuals.items()}
         return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
 
-    assert len(tensors(batch)) == 6
+    assert len(tensors(batch)) == 7
     assert {value.device.type for value in tensors(batch.to("meta")).values()} == {"meta"}
     same = tensors(batch.to(torch.device("cpu")))
     assert all(torch.equal(same[name], value) for name, value in tensors(batch).items())
