@@ -200,8 +200,9 @@ class Capture(Driver, default=True):
             probe = pl_module.probe()  # type: ignore[operator]
             if self._pending is None or int(self._pending.probe.step) != int(probe.step):
                 self._commit(trainer)
-                # each row stands for itself; an evaluation does not change the weights, so no copy is needed
-                self._pending = _Pending(replace(probe, is_last=True))
+                # an evaluation does not change the weights, so no copy is needed; each row stands for itself, but for
+                # checkpoints of a replay, which know whether they are the last
+                self._pending = _Pending(replace(probe, is_last=True) if probe.part is None else probe)
             self._pending.average_losses(outputs)
             if probe.part is None:
                 return

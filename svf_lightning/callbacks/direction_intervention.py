@@ -36,7 +36,8 @@ def _declared() -> Iterator[Quantity]:
     for side in SIDES:
         for effect in EFFECTS:
             name, what = f"directions/{side}/{effect}", f"{_LABELS[effect]} without top directions of the {side}"
-            about: Any = {"unit": _UNITS[effect], "logged": "mean", "gaps": True, "source": of}
+            logged = "no" if effect == "logit_difference" else "mean"  # names in W&B are few
+            about: Any = {"unit": _UNITS[effect], "logged": logged, "gaps": True, "source": of}
             if effect == "divergence":
                 about |= {"low": 0, "panel": DIRECTIONS}
                 meaning = "KL divergence of the next token's distribution from the untouched one, mean over templates."

@@ -9,7 +9,7 @@ from helpers.replays import replay
 from svf_lightning import cli
 from svf_lightning.__main__ import main
 from svf_lightning.arguments import dotted
-from svf_lightning.callbacks import AttentionOverWords, CausalAblation
+from svf_lightning.callbacks import AttentionOverWords, CausalAblation, DirectionIntervention, Firings
 from svf_lightning.commands.workspace import FINAL, SETTINGS, TABLES, build, media_keys, panels_by_section
 from svf_lightning.figures import FIGURES
 from svf_lightning.registry import known
@@ -30,7 +30,9 @@ def logged(tmp_path_factory, suite):
         ]
     )  # fmt: skip
     ablation = CausalAblation(n_removed=4)
-    replay(FolderCheckpoints(str(suite)), real, callbacks=(ablation, AttentionOverWords()), n_prompts=7)
+    directions = DirectionIntervention(numbers=(2,), steps=())  # the last checkpoint alone
+    callbacks = (ablation, directions, Firings(), AttentionOverWords())
+    replay(FolderCheckpoints(str(suite)), real, callbacks=callbacks, n_prompts=7)
     names = {}
     for kind, run_dir in (("toy", toy), ("replay", real)):
         trajectory = open_trajectory(run_dir)
