@@ -121,7 +121,7 @@ class DirectionIntervention(ProbeMetric):
         InputError: An option out of range.
     """
 
-    needs = "a language model"
+    needs = "a language model (not with rope_basis=fixed, whose singular vectors belong to no input of a head)"
     quantities = tuple(_declared())
 
     def __init__(
@@ -162,7 +162,9 @@ class DirectionIntervention(ProbeMetric):
         heads = attention.topk(min(self.n_task_heads, len(attention))).indices.tolist()
         step, is_last = (torch.as_tensor(x).flatten()[0] for x in (probe.step, probe.is_last))
         is_due = self.steps is None or int(step) in self.steps or bool(is_last)
-        changes = [(self._changes if is_due else self._no_changes)(part, heads) for part in parts]
+        changes = []
+        while parts:  # what was computed for a part is freed with it
+            changes.append((self._changes if is_due else self._no_changes)(parts.pop(0), heads))
         joined = {kind: torch.cat([change[kind] for change in changes], dim=-1) for kind in changes[0]}
         templates = templates_of(probe, joined["boosted"].shape[-1])
         of_templates = {kind: means_of_templates(values, templates) for kind, values in joined.items()}

@@ -48,8 +48,8 @@ class ReplayData(pl.LightningDataModule):
     Args:
         source: Where the checkpoints come from.
         prompts: "ioi" (indirect object identification, our own sentences), "ioi_wang" (those of Wang et al. 2022, in
-            both orders, ABBA and BABA), or a .jsonl or .csv file with the fields text, query, key, correct, wrong and
-            template.
+            both orders, ABBA and BABA), or a .jsonl or .csv file with the fields text, query, key, correct, wrong,
+            template and counterfactual.
         n_prompts: Number of IOI prompts; with "ioi_wang", of each of its two orders.
         batch_size: Prompts that go through the model together.
         seed: Seed of the IOI prompts.
@@ -111,10 +111,16 @@ class ReplayData(pl.LightningDataModule):
         return read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
 
     @property
-    def own_templates(self) -> list[int]:
-        """The template of each prompt where the prompts' file names templates; empty otherwise."""
-        templates = [prompt.template for prompt in self.prompts]
-        return templates if self.prompts_from not in (IOI, IOI_WANG) and max(templates) >= 0 else []
+    def fields_of_file(self) -> dict[str, list[Any]]:
+        """What a file of prompts gives beside the prompts and decides about the numbers: by field, where it is used."""
+        if self.prompts_from in (IOI, IOI_WANG):
+            return {}
+        fields: dict[str, list[Any]] = {}
+        if any(prompt.template >= 0 for prompt in self.prompts):
+            fields["templates"] = [prompt.template for prompt in self.prompts]
+        if any(prompt.counterfactuals for prompt in self.prompts):
+            fields["counterfactuals"] = [[list(ids) for _, ids in prompt.counterfactuals] for prompt in self.prompts]
+        return fields
 
     def check_tokenizer(self, ref: CheckpointRef) -> None:
         """Check that a checkpoint's own tokenizer, if it has one, reads the prompts as the shared one does.

@@ -138,8 +138,8 @@ class HeadSpace:
         self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.has_bias)
         self._repeats = self.n_heads // bridge.W_K.shape[1]
         self._is_rotary = getattr(bridge.cfg, "positional_embedding_type", None) == "rotary"
-        self._layout = _layout(bridge.cfg)
-        self._caps = [getattr(a.original_component, "attn_logit_softcapping", None) for a in attentions]
+        self.layout = _layout(bridge.cfg)
+        self.caps = [getattr(a.original_component, "attn_logit_softcapping", None) for a in attentions]
         self._windows = _windows(bridge)
         Q, A = [], []
         W_Q, W_K = heads.factors()
@@ -155,8 +155,8 @@ class HeadSpace:
         self._Q_q = torch.stack(Q[0])  # [layer, head, D', H]
         self._A_q, self._A_k = A  # [layer, head, H, H] and [layer, key_head, H, H], float64
         self._to_key = torch.linalg.pinv(self._A_k.mT)  # coordinates of a key in Q_k, from its key vector
-        self._is_fixed = self._is_rotary and rope_basis == "fixed"
-        if self._is_fixed:
+        self.is_fixed = self._is_rotary and rope_basis == "fixed"
+        if self.is_fixed:
             self._check_full_rank()
             self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
         self._bases: OrderedDict[int, HeadSVD] = OrderedDict()
@@ -365,7 +365,7 @@ class HeadSpace:
         rotated = keys
         if "cos" in kept:  # a layer without positions (NoPE) has none
             cos, sin = kept["cos"][0], kept["sin"][0]
-            rotated = rotate(keys, cos[:, None], sin[:, None], layout=self._layout)
+            rotated = rotate(keys, cos[:, None], sin[:, None], layout=self.layout)
         is_alone = (n_keys == 1)[query][:, None]
         others = (n_keys[query] - 1)[:, None]
 
@@ -378,12 +378,12 @@ class HeadSpace:
             return torch.stack([relative, of_key], dim=1)
 
         seen = at_key(rotated)
-        direction = seen if cos is None or self._is_fixed else at_key(keys)
-        if cos is not None and sin is not None and not self._is_fixed:  # relative to the query
+        direction = seen if cos is None or self.is_fixed else at_key(keys)
+        if cos is not None and sin is not None and not self.is_fixed:  # relative to the query
             at = [part[query][:, None].double() for part in (cos, sin)]
-            seen = rotate(seen, *at, layout=self._layout, transpose=True)
+            seen = rotate(seen, *at, layout=self.layout, transpose=True)
         A_q, to_key = self._A_q[layer], self._to_key[layer]
-        offset = key - query if cos is not None and not self._is_fixed else torch.zeros_like(key)
+        offset = key - query if cos is not None and not self.is_fixed else torch.zeros_like(key)
         n = len(position)
         codes, member = torch.unique(head * n - offset, return_inverse=True)
         order = member.argsort(stable=True)
@@ -399,9 +399,9 @@ class HeadSpace:
             of_query = a[members]
             q = of_query @ A_q[h] * self.heads.scale
             usual[members] = q.norm(dim=-1) * seen[members, 1].norm(dim=-1) / self.d_head**0.5
-            if self._is_fixed and cos is not None and sin is not None:
+            if self.is_fixed and cos is not None and sin is not None:
                 at = [part[query[members]].double() for part in (cos, sin)]
-                of_query = rotate(of_query @ A_q[h], *at, layout=self._layout) @ self._to_query[layer, h].mT
+                of_query = rotate(of_query @ A_q[h], *at, layout=self.layout) @ self._to_query[layer, h].mT
             left = of_query @ U
             z = seen[members] @ (A_q[h].mT * self.heads.scale) @ U
             rebuilt[members] = (left * z[:, 1]).sum(-1)
@@ -409,7 +409,7 @@ class HeadSpace:
             values = (left, z[:, 0], v[:, 0], S.expand_as(left), z[:, 1], v[:, 1])
             for name, value in zip(_COORDINATES, values, strict=True):
                 parts[name][members] = value.float()
-        cap = self._caps[layer]
+        cap = self.caps[layer]
         if cap is not None:
             rebuilt = cap * (rebuilt / cap).tanh()
         at_pair = own[prompt, head, query, key]
@@ -429,7 +429,7 @@ class HeadSpace:
         if missing:
             head, behind = torch.tensor(missing, device=self._A_q.device).T
             turn = None
-            if cos is not None and sin is not None and not self._is_fixed:
+            if cos is not None and sin is not None and not self.is_fixed:
                 first = torch.zeros_like(behind)
                 turn = self._turn(cos[behind], sin[behind], cos[first], sin[first])
             made = self._svd_of(self._A_q[layer, head], self._A_k[layer, head // self._repeats], turn)
@@ -456,7 +456,7 @@ class HeadSpace:
         a = self._turned(observed, a)
         z = self._seen_from_query(observed, rotated)
         contributions = z.new_empty(*z.shape)
-        for group, basis in self._groups(observed, key):
+        for group, basis in self.groups(observed, key):
             U = basis.U.double()
             left = a[:, :, group] @ U
             contributions[:, :, group] = left[..., None, :] * (z[:, :, group] @ U[:, :, None])
@@ -482,13 +482,13 @@ class HeadSpace:
         a = self._turned(observed, a)
         at_key = _at_key(rotated, observed.is_key, key)
         z = self._seen_from_query(observed, at_key)
-        if not self._is_fixed:
+        if not self.is_fixed:
             at_key = _at_key(observed.keys, observed.is_key, key)
         coordinates = torch.einsum("lkij,lbmkj->lkbmi", self._to_key, at_key.double())
         coordinates = coordinates.repeat_interleave(self._repeats, dim=1)
         shape = (self.n_layers, self.n_heads, len(key), self.rank)
         coordinates_of = {name: observed.x.new_empty(shape, dtype=torch.float32) for name in _COORDINATES}
-        for group, basis in self._groups(observed, key):
+        for group, basis in self.groups(observed, key):
             U, S, V = (part.double() for part in basis)
             coordinates_of["query"][:, :, group] = (a[:, :, group] @ U).float()
             for i, kind in enumerate(("", "raw_")):
@@ -518,14 +518,14 @@ class HeadSpace:
 
     def _has_offsets(self, rotation: tuple[Tensor, Tensor] | None) -> bool:
         """True if the basis depends on the offset from query to key."""
-        return rotation is not None and not self._is_fixed
+        return rotation is not None and not self.is_fixed
 
     def _turn(self, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor) -> Tensor:
         """M_p^T M_j [..., H, H], from cosines and sines of the query's position and of the key's [..., rotary]."""
         eye = torch.eye(self.d_head, dtype=torch.float64, device=cos_q.device).expand(*cos_q.shape[:-1], -1, -1)
         # rotate turns rows, so M is transposed
         at_query, at_key = (
-            rotate(eye, cos.double()[..., None, :], sin.double()[..., None, :], layout=self._layout)
+            rotate(eye, cos.double()[..., None, :], sin.double()[..., None, :], layout=self.layout)
             for cos, sin in ((cos_q, sin_q), (cos_k, sin_k))
         )
         turn: Tensor = at_query @ at_key.mT
@@ -538,7 +538,7 @@ class HeadSpace:
         # float32 is enough for orthonormal columns; the sums over them stay exact to 1e-7
         return HeadSVD(U.float(), S.float(), V.float())
 
-    def _groups(self, observed: Observed, key: Tensor) -> list[tuple[Tensor, HeadSVD]]:
+    def groups(self, observed: Observed, key: Tensor) -> list[tuple[Tensor, HeadSVD]]:
         """Prompts with the same offset, each group with its basis."""
         offsets = key - observed.query if self._has_offsets(observed.rotation) else torch.zeros_like(key)
         groups = []
@@ -553,7 +553,7 @@ class HeadSpace:
         if observed.rotation is None:
             return observed.keys
         cos, sin = (part[:, None, :, None] for part in observed.rotation)
-        return rotate(observed.keys, cos, sin, layout=self._layout)
+        return rotate(observed.keys, cos, sin, layout=self.layout)
 
     def _queries(self, observed: Observed) -> Tensor:
         """Queries in the orthonormal basis Q_q, in which a score is an inner product [layer, head, batch, H]."""
@@ -561,10 +561,10 @@ class HeadSpace:
 
     def _turned(self, observed: Observed, a: Tensor) -> Tensor:
         """With a fixed basis, queries with their positions moved into them (x~); else as they are."""
-        if not self._is_fixed or observed.rotation is None:
+        if not self.is_fixed or observed.rotation is None:
             return a
         cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-        turned: Tensor = rotate(a @ self._A_q, cos, sin, layout=self._layout) @ self._to_query.mT
+        turned: Tensor = rotate(a @ self._A_q, cos, sin, layout=self.layout) @ self._to_query.mT
         return turned
 
     def _seen_from_query(self, observed: Observed, rotated: Tensor) -> Tensor:
@@ -574,7 +574,7 @@ class HeadSpace:
             # relative to the query, a key is rotated back by the query's position
             assert observed.rotation is not None
             cos, sin = (part[:, observed.query, None, None].double() for part in observed.rotation)
-            rotated = rotate(rotated, cos, sin, layout=self._layout, transpose=True)
+            rotated = rotate(rotated, cos, sin, layout=self.layout, transpose=True)
         rotated = rotated.repeat_interleave(self._repeats, dim=3)
         return torch.einsum("lhij,lbnhj->lhbni", self._A_q * self.heads.scale, rotated)
 
@@ -591,11 +591,11 @@ class HeadSpace:
         towards = torch.einsum("lhbi,lhij->lbhj", a, self._A_q * self.heads.scale)
         if observed.rotation is not None:
             cos, sin = (part[:, observed.query, None].double() for part in observed.rotation)
-            towards = rotate(towards, cos, sin, layout=self._layout)
+            towards = rotate(towards, cos, sin, layout=self.layout)
         n_layers, n_batch = towards.shape[:2]
         grouped = towards.reshape(n_layers, n_batch, -1, self._repeats, self.d_head).to(rotated.dtype)
         scores = (grouped @ rotated.permute(0, 1, 3, 4, 2)).flatten(2, 3).transpose(1, 2)
-        for layer, cap in enumerate(self._caps):
+        for layer, cap in enumerate(self.caps):
             if cap is not None:
                 scores[layer] = cap * (scores[layer] / cap).tanh()
         hidden = ~observed.is_key[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -34,27 +34,11 @@ class PromptInterventions:
         space: The model's heads.
         observed: What a pass over the prompts has left.
         prompts: The prompts.
-        counterfactuals: Token ids of other prompts by name, each as long as the one that it stands beside.
-
-    Raises:
-        InputError: Counterfactuals of another shape.
     """
 
-    def __init__(
-        self,
-        space: HeadSpace,
-        observed: Observed,
-        prompts: PromptBatch,
-        counterfactuals: Mapping[str, Int[Tensor, "batch n"]] | None = None,
-    ) -> None:
+    def __init__(self, space: HeadSpace, observed: Observed, prompts: PromptBatch) -> None:
         self.space, self.observed, self.prompts = space, observed, prompts
-        self._tokens = {"": prompts.tokens, **(counterfactuals or {})}
-        for name, tokens in self._tokens.items():
-            if tokens.shape != prompts.tokens.shape:
-                raise bad_value(
-                    f"tokens of {name!r}", tuple(tokens.shape), f"{tuple(prompts.tokens.shape)}, as the prompts",
-                    "pad them alike",
-                )  # fmt: skip
+        self._tokens = {"": prompts.tokens, **prompts.counterfactuals}
         self._read: dict[tuple[str, int], Tensor] = {}
         self._vectors: dict[tuple[int, Side], Tensor] = {}
 
@@ -80,8 +64,8 @@ class PromptInterventions:
         if (head, side) not in self._vectors:
             space, (layer, i) = self.space, divmod(head, self.space.n_heads)
             n = len(self.prompts)
-            found = space.heads.W_Q.new_empty(n, space._Q_q.shape[-2], space.rank)
-            for group, basis in space._groups(self.observed, self.prompts.key):
+            found = space.heads.W_Q.new_empty(n, space.weights(layer, i, side).shape[-1], space.rank)
+            for group, basis in space.groups(self.observed, self.prompts.key):
                 inside = (basis.U if side == "query" else basis.V)[layer, i]
                 found[group] = space.outside(layer, i, side, inside)
             self._vectors[head, side] = found
@@ -259,7 +243,7 @@ class PromptInterventions:
                 vectors = inputs[side] @ space.weights(layer, head, side).T
                 if observed.rotation is not None:
                     cos, sin = (part[layer, at] for part in observed.rotation)
-                    vectors = rotate(vectors, cos, sin, layout=space._layout)
+                    vectors = rotate(vectors, cos, sin, layout=space.layout)
                 towards[which, side] = vectors
         new, old = (
             torch.einsum("cbh,cbjh->cbj", towards[which, "query"][:, :, 0], towards[which, "key"])
@@ -269,7 +253,7 @@ class PromptInterventions:
 
     def _shifted(self, layer: int, scores: Tensor, added: Tensor) -> Tensor:
         """Scores after a soft cap, with something added before it."""
-        cap = self.space._caps[layer]
+        cap = self.space.caps[layer]
         if cap is None:
             return scores + added
         capped = cap * torch.tanh(torch.atanh((scores / cap).clamp(-_CAPPED, _CAPPED)) + added / cap)

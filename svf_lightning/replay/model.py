@@ -119,7 +119,7 @@ class CheckpointReplay(pl.LightningModule):
             **self._basis,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
-            **({"templates": templates} if (templates := data.own_templates) else {}),
+            **data.fields_of_file,
             "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
@@ -305,7 +305,7 @@ class CheckpointReplay(pl.LightningModule):
         if scores.error is not None:
             current.score_error = max(current.score_error, float(scores.error.max()))
 
-        again = PromptInterventions(current.space, observed, prompts, prompts.counterfactuals)
+        again = PromptInterventions(current.space, observed, prompts)
 
         def decompose(chosen: Tensor) -> AllKeys:
             some = observed.of_prompts(chosen)
@@ -368,7 +368,8 @@ class CheckpointReplay(pl.LightningModule):
             **({} if self._pairs is None else {"pairs": self._pairs.to(self.device)}),
             scores=scores,
             intervene=again.take_off,
-            interventions=again,
+            # with one basis for all offsets, singular vectors belong to x~ and not to what a head reads
+            interventions=None if current.space.is_fixed else again,
             decompose=decompose,
             find_firings=find_firings,
             part=part,

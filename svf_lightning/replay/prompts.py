@@ -101,7 +101,8 @@ class Prompt:
             of S is another name, so that no name is the answer.
 
     Raises:
-        InputError: The positions are out of range, or the key comes after the query.
+        InputError: The positions are out of range, the key comes after the query, or a counterfactual has another
+            number of tokens.
     """
 
     text: str
@@ -123,6 +124,10 @@ class Prompt:
                 f"0 <= key <= query <= {len(self.tokens) - 1}",
                 "count positions from 0, special tokens included; a causal model sees no later token",
             )
+        for name, ids in self.counterfactuals:
+            if len(ids) != len(self.tokens):
+                allowed = f"{len(self.tokens)} tokens, as the prompt"
+                raise bad_value(f"counterfactual {name!r}", f"{len(ids)} tokens", allowed, "change words alone")
 
 
 @dataclass(frozen=True, eq=False)

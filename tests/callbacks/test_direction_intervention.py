@@ -21,7 +21,7 @@ from svf_lightning.callbacks.direction_intervention import (
 )
 from svf_lightning.errors import InputError
 from svf_lightning.probe import Outcome, Probe
-from svf_lightning.replay import FolderCheckpoints, ReplayData
+from svf_lightning.replay import CheckpointReplay, FolderCheckpoints, ReplayData
 from svf_lightning.replay.bridge import make_bridge
 
 R, D, N = 6, 9, 5
@@ -316,6 +316,14 @@ def test_patching_all_that_heads_read_at_the_query_gives_them_the_queries_of_the
         found = rows[f"directions/patched/{effect}"].values[0, 0, CHOICES.index("whole")]
         np.testing.assert_allclose(found, values[i], rtol=1e-2, atol=1e-6)
     assert values[0].abs().max() > 1e-5
+
+
+def test_with_one_basis_for_all_offsets_there_are_no_directions_to_move_along(suite, tmp_path):
+    """There singular vectors belong to inputs with positions moved into them, which no head reads."""
+    model = CheckpointReplay(rope_basis="fixed")
+    rows = replay(FolderCheckpoints(str(suite), steps=[8]), tmp_path, model=model, callbacks=(DirectionIntervention(),))
+    assert not [name for name in rows if name.startswith("directions/")]
+    assert "sad/sparseness" in rows
 
 
 def test_checkpoints_that_were_not_asked_for_hold_nan_and_the_last_is_always_measured(suite, tmp_path):

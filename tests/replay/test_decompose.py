@@ -50,14 +50,21 @@ def test_contributions_add_up_to_the_models_own_scores(family, processing):
     assert contributions[seen].abs().amax() > scores.abs().max() / 10
 
 
-def dense_form(model, layer: int, head: int, query: int, key: int) -> np.ndarray:
-    """Omega [D', D'] of one head for one pair of positions, from the weights and the model's own rotation."""
+def weights(model, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_Q and W_K [H, D'] of one head, with biases as a last column."""
     group = model.cfg.n_heads // model.W_K.shape[1]
     W_Q, W_K = model.W_Q[layer, head].T, model.W_K[layer, head // group].T
     attention = model.blocks[layer].attn
     if attention.b_Q is not None:
         W_Q = torch.cat([W_Q, attention.b_Q[head][:, None]], 1)
         W_K = torch.cat([W_K, attention.b_K[head // group][:, None]], 1)
+    return W_Q, W_K
+
+
+def dense_form(model, layer: int, head: int, query: int, key: int) -> np.ndarray:
+    """Omega [D', D'] of one head for one pair of positions, from the weights and the model's own rotation."""
+    W_Q, W_K = weights(model, layer, head)
+    attention = model.blocks[layer].attn
     if model.cfg.positional_embedding_type == "rotary":
         cos, sin = (cached(model, f"attn.hook_{part}")[layer, 0] for part in ("cos", "sin"))
         n = cos.shape[-1]
@@ -284,12 +291,8 @@ def test_in_a_fixed_basis_contributions_are_those_of_tokens_rotated_through_dens
     if model.blocks[0].attn.b_Q is not None:
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
     layer, head, prompt = 1, 3, 2
-    group = model.cfg.n_heads // model.W_K.shape[1]
-    W_Q, W_K = model.W_Q[layer, head].T, model.W_K[layer, head // group].T
+    W_Q, W_K = weights(model, layer, head)
     attention = model.blocks[layer].attn
-    if attention.b_Q is not None:
-        W_Q = torch.cat([W_Q, attention.b_Q[head][:, None]], 1)
-        W_K = torch.cat([W_K, attention.b_K[head // group][:, None]], 1)
     scale = attention.original_component.scaling
     U, S, Vt = np.linalg.svd((W_Q.T.double() @ W_K.double() * scale).detach().numpy())
     rank = model.cfg.d_head

@@ -498,7 +498,7 @@ def test_a_file_without_templates_has_prompts_of_their_own(tmp_path, words):
     assert [prompt.template for prompt in read_prompts(write(tmp_path / "p.jsonl", *rows), words)] == [-1, -1, 0]
 
 
-def test_a_run_is_about_the_templates_of_its_file(suite, tmp_path):
+def test_a_run_is_about_the_templates_and_the_counterfactuals_of_its_file(suite, tmp_path):
     source = FolderCheckpoints(suite)
     rows = [{"text": p.text, "key": p.key, "correct": s.io, "wrong": s.s}
             for p, s in zip(ioi_prompts(source.tokenizer(), 6), ioi_sentences(6, seed=0), strict=True)]  # fmt: skip
@@ -513,6 +513,11 @@ def test_a_run_is_about_the_templates_of_its_file(suite, tmp_path):
     assert same["templates"] == [0] * 6
     assert sorted(identity(*({"template": i % 2} for i in range(6)))["templates"]) == [0, 0, 0, 1, 1, 1]
     assert without == {name: value for name, value in same.items() if name != "templates"}
+    own = identity(*({"counterfactual": row["text"]} for row in rows))
+    other = identity(*({"counterfactual": row["text"].replace(row["correct"], row["wrong"])} for row in rows))
+    assert own["counterfactuals"] != other["counterfactuals"]
+    for patched in (own, other):
+        assert without == {name: value for name, value in patched.items() if name != "counterfactuals"}
 
 
 def test_blank_lines_a_bom_commas_and_windows_line_ends_are_read(tmp_path, words):
@@ -823,6 +828,11 @@ def test_batches_pad_with_zero_unless_told(words):
     prompts = [Prompt("a b", (7, 8), 1, 0, 3, 4), Prompt("a", (7,), 0, 0, 3, 4)]
     (batch,) = batches(prompts, 2)
     assert batch.tokens.tolist() == [[7, 8], [7, 0]]
+
+
+def test_a_counterfactual_of_another_length_is_an_input_error():
+    with pytest.raises(InputError, match=r"counterfactual 'abc'='3 tokens'.*2 tokens, as the prompt"):
+        Prompt("a b", (7, 8), 1, 0, 3, 4, counterfactuals=(("abc", (7, 9, 9)),))
 
 
 def test_a_batch_moves_as_a_whole():
