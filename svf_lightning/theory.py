@@ -102,8 +102,8 @@ def best_of_rank(
 
     With ``X = U_x S_x V_x^T`` and ``Y = U_y S_y V_y^T`` the logits are ``V_x M V_y^T`` with ``M = S_x U_x^T Omega U_y
     S_y``, any matrix of that rank. So the sum is ``||M - K||_F^2`` plus a constant, with the whitened target
-    ``K = V_x^T T V_y``, and M is K cut off after its H largest singular values (Eckart and Young). For H >= rank(T) this
-    is :func:`optimal_omega`.
+    ``K = V_x^T T V_y``, and M is K cut off after its H largest singular values (Eckart and Young). For H >= rank(T)
+    this is :func:`optimal_omega`.
 
     Not defined in the paper, which asks what happens with more pairs than dimensions (Appendix E) and answers by
     training. All pairs count alike here: the cross-entropy of a training weighs a pair by how often it occurs, and by
@@ -274,8 +274,9 @@ def alignment_bound(features: Float[Tensor, "... D N"], *, rtol: float | None = 
         rtol: Rank tolerance, in [0, 1); None for the default of this module.
 
     Returns:
-        All unitless; the last one is the bound that ``||E_X||`` gives by itself (:func:`interference_bound`). A column that is 0, or outside the span at this tolerance, has no direction and NaN for its
-        cosine; features that are all 0 have NaN for bound and condition too.
+        All unitless; the last one is what ``||E_X||`` gives by itself (:func:`interference_bound`). A column that is 0,
+        or outside the span at this tolerance, has no direction and NaN for its cosine; features that are all 0 have NaN
+        for bound and condition too.
 
     Raises:
         InputError: There is no feature, or rtol is out of range.

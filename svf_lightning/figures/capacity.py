@@ -85,8 +85,8 @@ def _says(data: Served) -> Sequence[Sentence | None]:
         for values in (data.logit, data.predicted)
     )
     text = (
-        f"The trained head gives {in_words(served)} % of the pairs half of their target logit or more, the best head of "
-        f"its rank for the same features {in_words(predicted)} %."
+        f"The trained head gives {in_words(served)} % of the pairs half of their target logit or more, the best head "
+        f"of its rank for the same features {in_words(predicted)} %."
     )
     return [Sentence(text, {"served": served, "predicted": predicted})]
 
@@ -97,7 +97,7 @@ capacity = figure(
     draw_capacity,
     description="What a head of its size can hold of the template",
     paper="Appendix E",
-    see="Every pair of features that the template names: the logit that training gave it, and the one that it has in "
-    "the head of this rank whose logits of all feature pairs come closest to the template (least squares, closed form).",
+    see="Every pair of features that the template names: the logit that training gave it, and the one that it "
+    "has in the head of this rank whose logits of all feature pairs come closest to the template (least squares).",
     says=_says,
 )
