@@ -26,14 +26,14 @@ ROOT = Path(__file__).parents[1]
 README, METRICS_PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "results.md"
 
 
-def between(name: str) -> tuple[str, str]:
-    """The markers of a table."""
-    return f"<!-- {name}: written by docs/tables.py -->", f"<!-- end of {name} -->"
+def between(name: str, by: str = "docs/tables.py") -> tuple[str, str]:
+    """The markers of a table, and the file that writes it."""
+    return f"<!-- {name}: written by {by} -->", f"<!-- end of {name} -->"
 
 
-def replaced(text: str, name: str, table: str) -> str:
+def replaced(text: str, name: str, table: str, by: str = "docs/tables.py") -> str:
     """A page with the table of that name in place of the one that it has."""
-    begin, end = between(name)
+    begin, end = between(name, by)
     before, rest = text.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{table}\n{end}{after}"

@@ -52,6 +52,18 @@ def test_a_claim_is_computed_from_the_metrics_alone(options, measured, verdict):
     assert found.holds is {"yes": True, "no": False}.get(verdict)
 
 
+@pytest.mark.parametrize(("align", "ortho", "verdict"), [
+    ([np.nan] * 8, [np.nan] * 8, "vacuous"),  # neither has happened: as after no step, or one
+    ([np.nan] * 8, [np.nan] * 7 + [5.0], "no"),  # one instance has an order
+    ([3.0] * 8, [np.nan] * 8, "no"),
+    ([3.0] * 8, [5.0] * 8, "yes"),
+])  # fmt: skip
+def test_the_order_of_two_events_of_which_none_has_happened_is_not_judged(align, ortho, verdict):
+    last = {"dynamics/t_align": np.array(align), "dynamics/t_ortho": np.array(ortho)}
+    options = {"metric": "dynamics/t_align", "relation": "<", "other": "dynamics/t_ortho", "share": 1.0, "against": 0.5}
+    assert judged(options, last).verdict == verdict
+
+
 @pytest.mark.parametrize(("mean", "verdict"), [(2.0, "yes"), (1.0, "open"), (0.0, "no")])
 def test_a_mean_must_pass_the_threshold_with_its_whole_interval(mean, verdict):
     found = judged({"threshold": 1.0}, {"a": spread(mean)})

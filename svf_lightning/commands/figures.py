@@ -27,6 +27,7 @@ def figures(
     scale: float = 2.0,
     across: bool = False,
     title: str | None = None,
+    heads: str | None = None,
 ) -> Path:
     """Write figures of a run as files: those named, or all that the run has the data for.
 
@@ -42,6 +43,8 @@ def figures(
         scale: Of PNG files: pixels for each of the figure.
         across: Compare the runs in a folder (Appendix A).
         title: With across: what the values are; null for the folder's name.
+        heads: Of a replay: heads for figures of single heads, in place of the task's: 8.6,4.11 (layer.head, from 0), or
+            paper_gpt2 or paper_pythia_160m for those that the paper's authors plot. Fig. 7a is written once for each.
 
     Returns:
         The folder, or with across the file.
@@ -53,15 +56,31 @@ def figures(
         return _across(Path(source), Path(target), names, title, scale)
     dataset = open_sound(source)
     for figure, options in _chosen(dataset, names, x_axis):
-        path = Path(target) / f"{figure.name}.{format}"
-        if format == "csv":
-            write_text(path, figure.table(dataset).to_csv(index=False))
-        else:
-            from svf_lightning.figures.files import save_image
+        for ending, of_heads in _of_heads(dataset, figure, heads):
+            path = Path(target) / f"{figure.name}{ending}.{format}"
+            if format == "csv":
+                write_text(path, figure.table(dataset, **of_heads).to_csv(index=False))
+            else:
+                from svf_lightning.figures.files import save_image
 
-            save_image(figure(dataset, **options), path, scale=scale)
-        say(str(path))
+                save_image(figure(dataset, **options, **of_heads), path, scale=scale)
+            say(str(path))
     return Path(target)
+
+
+def _of_heads(dataset: xr.Dataset, figure: Figure, heads: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """What a figure is drawn with for the named heads: the end of the file's name, and options."""
+    if heads is None:
+        return [("", {})]
+    from svf_lightning.figures.sparsity import check_heads, named_heads
+
+    chosen = named_heads(heads)
+    if not {"layer", "head"} <= set(dataset.sizes):
+        raise bad_value("heads", heads, "null for a run without heads of a language model", "leave --heads out")
+    check_heads(dataset, chosen)
+    if figure.takes("layer"):
+        return [(f"_{head}", head._asdict()) for head in chosen]
+    return [("", {"heads": chosen} if figure.takes("heads") else {})]
 
 
 def _chosen(dataset: xr.Dataset, names: tuple[str, ...], x_axis: str | None) -> Iterator[tuple[Figure, dict[str, Any]]]:

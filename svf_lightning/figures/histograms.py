@@ -285,11 +285,15 @@ def _says_fig_9(data: ReconCounts) -> list[Sentence | None]:
     told: list[Sentence | None] = []
     for i, _ in _with_scores(data):
         few, rotated = data.share_at_most_4[i], data.share_at_most_4_rotated[i]
-        beside = f", and of a rotated basis {rotated:.1%}" if np.isfinite(rotated) else ""
+        evidence = {"at_most": FEW, "share_at_most_4": few, "n": data.n_scores[i]}
+        beside = ""
+        if np.isfinite(rotated):
+            evidence["share_at_most_4_rotated"] = rotated
+            beside = f", and of a rotated basis {rotated:.1%}"
         told.append(
             Sentence(
                 f"{capital(data.group[i])}: {FEW} singular pairs or fewer make up {few:.1%} of the scores{beside}.",
-                {"share_at_most_4": few, "share_at_most_4_rotated": rotated, "n": data.n_scores[i]},
+                evidence,
             )
         )
     return told

@@ -9,6 +9,7 @@ are an index or a count; the figures leave them out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +68,42 @@ class Head(NamedTuple):
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
+
+
+PAPER_HEADS: dict[str, tuple[Head, ...]] = {
+    "paper_gpt2": (Head(8, 6), Head(4, 11), Head(3, 0), Head(9, 9), Head(9, 6), Head(10, 0)),
+    "paper_pythia_160m": (Head(2, 6), Head(4, 11), Head(7, 9), Head(8, 2), Head(8, 10), Head(10, 7)),
+}
+"""The heads that the authors of arXiv 2602.13524 plot one by one, by preset; layers and heads from 0. By what rule they
+chose them is not known here."""
+
+
+def named_heads(names: str) -> list[Head]:
+    """Heads from text: "8.6,4.11" (layer.head, from 0), or a name in :data:`PAPER_HEADS`.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if names in PAPER_HEADS:
+        return list(PAPER_HEADS[names])
+    found = [re.fullmatch(r"\s*(\d+)\.(\d+)\s*", part) for part in names.split(",")]
+    heads = [Head(int(match[1]), int(match[2])) for match in found if match]
+    if len(heads) < len(found) or len(set(heads)) < len(heads):
+        allowed = f"LAYER.HEAD,LAYER.HEAD,... from 0, each once, or one of {', '.join(PAPER_HEADS)}"
+        raise bad_value("heads", names, allowed, "write 8.6,4.11 for head 6 of layer 8 and head 11 of layer 4")
+    return heads
+
+
+def check_heads(dataset: xr.Dataset, heads: Sequence[Head]) -> None:
+    """Check that a model has these heads.
+
+    Raises:
+        InputError: It does not.
+    """
+    for head in heads:
+        for name, number in head._asdict().items():
+            if not 0 <= number < dataset.sizes[name]:
+                raise bad_value(name, number, f"0..{dataset.sizes[name] - 1}", "pass one that the model has")
 
 
 def heads_of(dataset: xr.Dataset, name: str, row: int) -> list[Head]:
@@ -152,9 +189,7 @@ def prepare_fig_7a(
         chosen = heads_of(dataset, "task/layer_head", row)[0]
     else:
         chosen = Head(layer, head)
-        for name, number in chosen._asdict().items():
-            if not 0 <= number < dataset.sizes[name]:
-                raise bad_value(name, number, f"0..{dataset.sizes[name] - 1}", "pass one that the model has")
+        check_heads(dataset, [chosen])
     at = {"step": row, **chosen._asdict()}
     mean = read(dataset, "contribution/mean", "rank", **at)
     if not np.isfinite(mean).any():
@@ -231,7 +266,8 @@ def _row_of(dataset: xr.Dataset, step: int | None) -> int:
 class TaskHeads(NamedTuple):
     """The task's heads over training: their S(v) with two rotated controls, and what they come to do.
 
-    They are the same heads at every step: those with most attention on the key at the last one.
+    They are the same heads at every step: those with most attention on the key at the last one, or those that were
+    named.
     """
 
     step: Int[np.ndarray, "step"]
@@ -249,21 +285,25 @@ class TaskHeads(NamedTuple):
     n_singular: int  # singular pairs of a head
     attention_label: str
     accuracy_label: str
+    is_task: bool  # the task's heads, not heads that were named
     subtitle: str
 
 
-def prepare_fig_7b(dataset: xr.Dataset) -> TaskHeads:
+def prepare_fig_7b(dataset: xr.Dataset, *, heads: Sequence[Head] | None = None) -> TaskHeads:
     """S(v) of the task's heads over training, with both controls, their attention on the key, and the accuracy.
 
     Args:
         dataset: Of a replay.
+        heads: Other heads than the task's.
 
     Raises:
-        InputError: The run lacks the quantities, has fewer than two checkpoints, or no score.
+        InputError: The run lacks the quantities or a head, has fewer than two checkpoints, or no score.
     """
     names = ("prompt/sparseness", "draw/shared", "draw/independent", "prompt/attention", "task/layer_head")
     require_heads(dataset, *names, "contribution/mean", n_steps=2)
-    heads = heads_of(dataset, "task/layer_head", -1)
+    is_task = heads is None
+    heads = heads_of(dataset, "task/layer_head", -1) if heads is None else heads
+    check_heads(dataset, heads)
     sparseness, attention = (
         mean_of_finite(_of_heads(dataset, name, heads), -1) for name in ("prompt/sparseness", "prompt/attention")
     )
@@ -288,6 +328,7 @@ def prepare_fig_7b(dataset: xr.Dataset) -> TaskHeads:
         n_singular=dataset.sizes["rank"],
         attention_label=quantity(dataset, "sad/attention").title,
         accuracy_label=quantity(dataset, "sad/accuracy").title,
+        is_task=is_task,
         subtitle=sizes_of_heads(dataset, f"{len(step)} checkpoints, steps {step[0]:,} to {step[-1]:,}"),
     )
 
@@ -314,10 +355,12 @@ def draw_fig_7b(data: TaskHeads, *, x_axis: XAxis = "log") -> go.Figure:
         time.line(drawn, mean, colour, label, width=2.5, row=row, col=1, legendrank=rank)
     has_accuracy = time.line(drawn, data.accuracy, VERMILLION, data.accuracy_label, width=2, row=2, col=1)
     drawn.update_yaxes(title_text=f"attention weight{', accuracy' if has_accuracy else ''}", row=2)
-    thin_lines = f"thin: {', '.join(data.head)}, the heads of step {data.step[-1]:,}"
+    thin_lines = f"thin: {', '.join(data.head)}"
+    if data.is_task:
+        thin_lines += f", the heads of step {data.step[-1]:,}"
     return finish(
         drawn,
-        "Sparseness of the task's heads over training",
+        "Sparseness of the task's heads over training" if data.is_task else "Sparseness of chosen heads over training",
         f"{data.subtitle} · {thin_lines} · bands: all {data.n_rotations} rotations",
         height=600,
     )

@@ -79,8 +79,9 @@ class HubCheckpoints(CheckpointSource):
     Args:
         repo: Repository, such as "EleutherAI/pythia-160m".
         revisions: Which steps: "all", "log" (each about twice the one before), "last", "every_<N>th" such as
-            "every_10th", a list of steps, or a list of revision names that hold their step ("step512"). Null: the main
-            revision alone, for models without training checkpoints such as "gpt2".
+            "every_10th", "spread_<N>" such as "spread_130" (N of them, spread evenly), a list of steps, or a list of
+            revision names that hold their step ("step512"). Null: the main revision alone, for models without training
+            checkpoints such as "gpt2".
         keep: Keep what was downloaded in the hub's cache.
         retries: How often a download is tried again when the network or the hub fails, >= 0; after 1, 2, 4, ...
             seconds.

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PYTHIA_STEPS: tuple[int, ...] = (0, *(2**k for k in range(10)), *range(1000, 143_001, 1000))
 """The 154 steps that every Pythia model was saved at: 0, 1, 2, 4, ..., 512, 1000, 2000, ..., 143000."""
 
-_SELECTIONS = '"all", "log", "last", "every_<N>th" such as "every_10th", or a list of steps'
+_SELECTIONS = (
+    '"all", "log", "last", "every_<N>th" such as "every_10th", "spread_<N>" such as "spread_130", or a list of steps'
+)
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,14 @@ def select_steps(steps: Sequence[int], selection: str | list[int], *, name: str 
     step itself if it is there, otherwise the first one that is larger, or smaller by no more than 2.5% (so that 1000
     stands for 1024). Of the Pythia steps: 0, 1, 2, 4, ..., 512, 1000, 2000, 4000, ..., 128000, 143000.
 
+    The authors of arXiv 2602.13524 measured 130 of Pythia's 154 checkpoints. Which ones is not known here; "spread_130"
+    is a rule of ours that gives as many, and "all" leaves nothing to choose.
+
     Args:
         steps: Available steps, in any order.
-        selection: "all"; "log"; "last"; "every_10th" (any N; every N-th of them, and always the first and the last); or
-            the steps themselves.
+        selection: "all"; "log"; "last"; "every_10th" (any N; every N-th of them, and always the first and the last);
+            "spread_130" (any N >= 2; that many, spread evenly over their numbers from the first to the last, or all if
+            there are no more); or the steps themselves.
         name: What errors call the selection.
 
     Returns:
@@ -159,8 +165,14 @@ def select_steps(steps: Sequence[int], selection: str | list[int], *, name: str 
         return known[-1:]
     if selection == "log":
         return sorted({known[0], known[-1], *_doubling(known)})
+    if selection.startswith("spread_"):
+        n = min(int(selection.removeprefix("spread_")), len(known))
+        return [known[(2 * i * (len(known) - 1) + n - 1) // (2 * (n - 1))] for i in range(n)] if n > 1 else known
     n = int(selection.removeprefix("every_")[:-2])
     return sorted({*known[::n], known[-1]})
+
+
+_NAMED = r"all|log|last|every_[1-9]\d*(st|nd|rd|th)|spread_([2-9]|[1-9]\d+)"
 
 
 def _doubling(known: Sequence[int]) -> Iterator[int]:
@@ -184,7 +196,7 @@ def check_selection(name: str, selection: object) -> None:
         InputError: It is none of those that :func:`select_steps` knows.
     """
     if isinstance(selection, str):
-        fine = re.fullmatch(r"all|log|last|every_[1-9]\d*(st|nd|rd|th)", selection) is not None
+        fine = re.fullmatch(_NAMED, selection) is not None
     else:
         fine = isinstance(selection, (list, tuple)) and bool(selection) and all(is_step(step) for step in selection)
     if not fine:

@@ -20,6 +20,7 @@ from svf_lightning.quantities import Quantity
 _RELATIONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _REDUCED: dict[str, Callable[..., Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
 _HALFWAY = "halfway"
+_EVENTS = "dynamics/"  # steps at which something happened; NaN where it did not
 _WORST = {"<": "max", "<=": "max", ">": "min", ">=": "min"}
 _KNOWN_NULLS = ("start", "chance")
 
@@ -435,6 +436,8 @@ class _Sample:
             return "vacuous", f"no {unit} to judge it by" if self.n_all else f"{claim.metric} was not measured"
         if claim.relation is None:
             return "open", ""
+        if self._nothing_happened():
+            return "vacuous", f"neither has happened in any {unit}"
         if found.measured is None:
             return "no", "not a finite number"
         if claim.threshold is not None and claim.other is None and _finite(self.threshold) is None:
@@ -470,6 +473,13 @@ class _Sample:
         if claim.threshold is None and high < claim.by:
             return "no", f"the difference is smaller than {claim.by:g}, interval and all"
         return "open", f"the interval of the difference from the null contains {claim.by:g}"
+
+    def _nothing_happened(self) -> bool:
+        """True where a claim is about the order of two events, and no unit has seen one of them: none has an order."""
+        if self.claim.other is None or self.others is None or not len(self.others):
+            return False
+        are_events = all(name.startswith(_EVENTS) for name in (self.claim.metric, self.claim.other))
+        return are_events and not np.isfinite(np.concatenate([self.values, self.others])).any()
 
     def _of_shares(self, share: Share, needed: float) -> tuple[Answer, str]:
         counted = f"{round(share.value * self.n)} of {self.n} {self.evidence.unit}s"

@@ -152,6 +152,8 @@ def summarize(run_dir: Path, experiment: Experiment, result: Result) -> list[Ver
     """Judge a run's claims and write its summary.json; its ``over`` says what ``per_instance`` lists."""
     evidence = result.evidence()
     verdicts = [judge(claim, evidence) for claim in experiment.claims]
+    if result.steps == 0 and result.over == "instances":  # initial weights can neither show nor contradict a claim
+        verdicts = [replace(verdict, verdict="vacuous", holds=None, why="no step was trained") for verdict in verdicts]
     metrics = {}
     for name, values in sorted(result.last.items()):
         quantity = result.quantity(name)

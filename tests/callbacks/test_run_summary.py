@@ -43,6 +43,24 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
+ORDER = Claim(
+    claim="it aligns first", figure="Fig. 3", metric="dynamics/t_align", relation="<", other="dynamics/t_ortho", share=1.0,
+    against=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "verdicts"), [(0, ["vacuous", "vacuous"]), (1, ["yes", "vacuous"])])
+def test_a_training_of_no_step_or_of_one_ends_well_and_says_nothing_of_what_has_not_happened(tmp_path, steps, verdicts):
+    train(tmp_path, steps=steps, callbacks=callbacks(experiment="short", claims=[CLAIM, ORDER]))
+    summary = summary_of(tmp_path)
+    assert (summary["status"], summary["steps"]) == ("finished", steps)
+    assert open_trajectory(tmp_path)["step"].values.tolist() == list(range(steps + 1))
+    assert [claim["verdict"] for claim in summary["claims"]] == verdicts
+    assert all(np.isfinite(summary["metrics"]["alignment/matched"]["per_instance"]))
+    assert summary["metrics"]["dynamics/t_align"]["per_instance"] == [None] * 3
+    assert summary["metrics"]["dynamics/t_align"]["happened"] == 0
+
+
 def test_the_summary_has_the_last_values_of_every_instance_with_label_and_unit(tmp_path):
     train(tmp_path, steps=9, callbacks=callbacks(experiment="mine"))
     summary = summary_of(tmp_path)

@@ -70,6 +70,10 @@ HUB = "--data.source.init_args.repo="
         (("--config=pythia_160m", "--data.source.init_args.revisions=all"), "pythia_160m", 12),
         (("--config=pythia_160m", f"{HUB}EleutherAI/pythia-410m"), "pythia-410m", 0),
         (("--config=smollm2", *FOLDER), "my_model", 0),
+        (("--data.prompts=ioi_wang",), "tiny_suite_ioi_wang", 0),
+        (("--config=paper_gpt2",), "paper_gpt2", 5),
+        (("--config=paper_gpt2", "--data.prompts=ioi"), "paper_gpt2", 0),
+        (("--config=paper_pythia_160m", "--data.source.init_args.revisions=all"), "paper_pythia_160m", 6),
     ],
 )
 def test_name_and_claims_belong_to_the_model_and_the_prompts_of_the_preset(experiment_of, args, name, claims):

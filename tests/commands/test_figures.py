@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from figures.datasets import last
+from figures.head_datasets import synthetic
 from helpers.browser import CHROMIUM
 from helpers.training import train
 
@@ -96,6 +97,22 @@ def test_numbers_of_a_figure_are_a_table_with_a_row_for_each(typed, single, tmp_
     shown = FIGURES[name].data(run)
     for quantity, rows in table.groupby("quantity"):
         assert len(rows) == getattr(shown, quantity).size
+
+
+def test_named_heads_have_a_file_each_and_share_the_others(typed, tmp_path, saved, monkeypatch):
+    monkeypatch.setattr("svf_lightning.commands.figures.open_sound", lambda source: synthetic())
+    result = typed("figures", "run", tmp_path, "fig_7a", "fig_7b", "heads_map", "--heads=0.10,4.2")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in saved] == ["fig_7a_L0H10.png", "fig_7a_L4H2.png", "fig_7b.png", "heads_map.png"]
+    result = typed("figures", "run", tmp_path, "fig_7a", "--heads=paper_gpt2")  # five layers
+    assert result.returncode == 2
+    assert "layer=8 is not usable. Allowed: 0..4" in result.stderr
+
+
+def test_heads_of_a_run_without_a_language_model_are_refused(typed, single, tmp_path):
+    result = typed("figures", single, tmp_path, "fig_2a", "--heads=0.1")
+    assert result.returncode == 2
+    assert "leave --heads out" in result.stderr
 
 
 def test_runs_of_a_folder_are_compared_by_their_names(typed, tmp_path, saved):

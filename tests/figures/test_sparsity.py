@@ -33,6 +33,7 @@ from svf_lightning.figures import fig_7a, fig_7b, fig_8, fig_9, heads_map, spars
 from svf_lightning.figures.axes import draw_band
 from svf_lightning.figures.figure import FIGURES, columns_of, draw_all
 from svf_lightning.figures.look import TEMPLATES
+from svf_lightning.figures.sparsity import Head, named_heads
 from svf_lightning.trajectory import open_trajectory
 
 
@@ -249,6 +250,35 @@ def test_the_table_of_every_figure_has_a_row_for_each_number(name):
 def test_the_table_holds_the_numbers_of_the_dataset(name, quantity, dims, expected):
     dataset = run_for(name)
     np.testing.assert_allclose(values_in(FIGURES[name].table(dataset), quantity, dims), np.ravel(expected(dataset)))
+
+
+def test_fig_7b_shows_the_heads_that_are_named_in_place_of_the_tasks():
+    run, heads = run_for("fig_7b"), [Head(1, 3), Head(2, 10), Head(0, 0)]
+    data, figure = fig_7b.data(run, heads=heads), fig_7b(run, heads=heads)
+    assert data.head.tolist() == ["L1H3", "L2H10", "L0H0"]
+    for i, head in enumerate(heads):
+        expected = run["prompt/sparseness"].values[:, head.layer, head.head].mean(-1)
+        np.testing.assert_allclose(data.sparseness_each[:, i], expected)
+    assert "chosen heads" in figure.layout.title.text
+    assert "the task's heads" in fig_7b(run).layout.title.text
+    with pytest.raises(InputError, match=r"layer=5 .*0\.\.4"):
+        fig_7b(run, heads=[Head(5, 0)])
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    ("8.6,4.11", [(8, 6), (4, 11)]),
+    (" 0.0 , 10.10 ", [(0, 0), (10, 10)]),
+    ("paper_gpt2", [(8, 6), (4, 11), (3, 0), (9, 9), (9, 6), (10, 0)]),
+    ("paper_pythia_160m", [(2, 6), (4, 11), (7, 9), (8, 2), (8, 10), (10, 7)]),
+])  # fmt: skip
+def test_heads_are_named_by_layer_and_number_or_by_preset(names, expected):
+    assert named_heads(names) == expected
+
+
+@pytest.mark.parametrize("names", ["", "8", "8.6,", "8.6.1", "L8H6", "8.6,8.6", "gpt2", "-1.2"])
+def test_what_names_no_heads_is_an_input_error_that_says_how(names):
+    with pytest.raises(InputError, match=r"heads=.*LAYER\.HEAD.*paper_gpt2.*write 8\.6,4\.11"):
+        named_heads(names)
 
 
 def test_the_table_names_steps_heads_and_singular_indices_as_the_figure_does():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ from svf_lightning.replay.source import PYTHIA_STEPS, select_steps
         (range(11), "every_5th", [0, 5, 10]),
         (range(5), "every_1st", [0, 1, 2, 3, 4]),
         (range(5), "every_100th", [0, 4]),
+        (range(11), "spread_3", [0, 5, 10]),
+        (range(11), "spread_2", [0, 10]),
+        (range(5), "spread_4", [0, 1, 3, 4]),
+        (range(5), "spread_99", [0, 1, 2, 3, 4]),
+        ([7], "spread_2", [7]),
         (range(101), "log", [0, 1, 2, 4, 8, 16, 32, 64, 100]),
         (range(0, 1001, 100), "log", [0, 100, 200, 400, 800, 1000]),
         ([0, 7, 1000], "log", [0, 7, 1000]),
@@ -48,8 +54,33 @@ def test_the_schedule_of_pythia():
     assert PYTHIA_STEPS[:3] + PYTHIA_STEPS[10:13] + PYTHIA_STEPS[-1:] == (0, 1, 2, 512, 1000, 2000, 143000)
 
 
+def test_130_checkpoints_of_pythia_are_spread_over_all_of_them():
+    chosen = select_steps(list(PYTHIA_STEPS), "spread_130")
+    assert len(set(chosen)) == 130
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1]) == (0, 143_000)
+    at = [PYTHIA_STEPS.index(step) for step in chosen]
+    assert {after - before for before, after in pairwise(at)} == {1, 2}  # no two in a row are left out
+
+
 @pytest.mark.parametrize(
-    "selection", ["some", "every_0th", "every_th", "every_-2th", "", [], [1.5], ["a"], [True], None]
+    "selection",
+    [
+        "some",
+        "every_0th",
+        "every_th",
+        "every_-2th",
+        "spread_1",
+        "spread_0",
+        "spread_",
+        "spread_-3",
+        "",
+        [],
+        [1.5],
+        ["a"],
+        [True],
+        None,
+    ],
 )
 def test_a_selection_that_is_none_is_refused(selection):
     with pytest.raises(InputError, match=r'Allowed: "all", "log"') as error:
