@@ -97,7 +97,7 @@ _ATTENDING = _over_pairs("sad/attending/", ", attending heads", {"n_recon": {"pa
 
 
 _CONTROLS = ("sparseness_shared_rotation", "sparseness_independent_rotation", "sparseness_permuted_pairing")
-_NOT_KEPT = ("n_recon_shared_rotation", "few_shared_rotation")
+_KEPT_AS = {"n_recon_shared_rotation": None, "few_shared_rotation": "n_recon_at_most_4_rotated"}  # None: not kept
 _STRONGEST = "sparseness_strongest_control"
 _SAMPLED = (
     ("sparseness", "sparseness", "S(v)"),
@@ -175,6 +175,7 @@ class AttentionSparsity(ProbeMetric):
                 ("sparseness_permuted_pairing", "sparseness, permuted pairing,", "S(v)"),
                 ("score", "relative score", "nats"),
                 ("n_recon", "N_recon", "count"),
+                ("n_recon_at_most_4_rotated", "share of shared rotations with N_recon of at most 4,", "share"),
                 ("top_index", "index of the largest contributor", ""),
                 ("attention", "attention on the key", "weight"),
                 ("logit_difference", "logit difference", "nats"),
@@ -278,8 +279,8 @@ class AttentionSparsity(ProbeMetric):
         measured |= {f"sad/sparseness_{k}_rotation_sd": v.std(-1) for k, v in draws.items()}
         draws["permuted"] = seen.permuted_draws
         if self.keep_prompts:
-            pairs = {name: getattr(seen, name) for name in SparseAttention.PER_PAIR if name not in _NOT_KEPT}
-            measured |= {f"prompt/{k}": _small(v) for k, v in pairs.items() if v is not None}
+            pairs = {_KEPT_AS.get(name, name): getattr(seen, name) for name in SparseAttention.PER_PAIR}
+            measured |= {f"prompt/{k}": _small(v) for k, v in pairs.items() if k is not None and v is not None}
             measured |= {f"draw/{k}": v for k, v in draws.items()}
             measured["contribution/mean"] = seen.contribution_mean
             measured["contribution/sd"] = seen.contribution_sd

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FIRINGS, _ALL_HEADS = "firings of all heads", "task's key, all heads"
 _PAIRS = "(prompt, head) pair"
+_OF_PROMPT = ("layer", "head", "prompt")
 _ROTATED = "rotated basis"
 _DOTTED = {"dash": "dot", "width": 1}
 
@@ -122,7 +123,12 @@ def prepare_fig_9(dataset: xr.Dataset, *, attending: float = 0.5) -> ReconCounts
     first, last = min(1, int(np.argmax(every > 0))), int(np.flatnonzero(every)[-1])
     at = slice(first, last + 1)
     few_rotated = {group: _up_to(each, FEW) for group, each in rotated.items()}
-    if "sad/n_recon_at_most_4_rotated" in dataset:
+    of_prompts = "prompt/n_recon_at_most_4_rotated"
+    if of_prompts in dataset:
+        each_score = read(dataset, of_prompts, *_OF_PROMPT, step=-1)
+        for group, members in _members(dataset, "prompt/n_recon", attending).items():
+            few_rotated[group] = float(mean_of_finite(each_score[members], 0)) if members.any() else np.nan
+    elif "sad/n_recon_at_most_4_rotated" in dataset:  # an earlier run: means of heads
         of_heads = read(dataset, "sad/n_recon_at_most_4_rotated", "layer", "head", step=-1)
         few_rotated[_ALL_HEADS] = float(mean_of_finite(of_heads.ravel(), 0))
     return ReconCounts(
@@ -176,16 +182,20 @@ def draw_fig_9(data: ReconCounts) -> go.Figure:
 
 def _counts(dataset: xr.Dataset, name: str, of_firings: str, n: int, attending: float) -> dict[str, np.ndarray]:
     """How many scores have each of the values 0..n-1 at the last step [n], by group: firings, all heads, attending."""
-    if not 0 < attending < 1:
-        raise bad_value("attending", attending, "an attention weight in (0, 1)", "pass 0.5")
-    dims = ("layer", "head", "prompt")
-    values = read(dataset, name, *dims, step=-1)
-    has_score = values >= 0
-    require_score(name, has_score)
-    attends = read(dataset, "prompt/attention", *dims, step=-1) >= attending
-    groups = {_ALL_HEADS: has_score, f"task's key, attention at least {attending:g}": has_score & attends}
+    values = read(dataset, name, *_OF_PROMPT, step=-1)
+    groups = _members(dataset, name, attending)
     counts = {group: np.bincount(values[members].astype(int), minlength=n) for group, members in groups.items()}
     return {_FIRINGS: _firings(dataset, of_firings), **counts} if of_firings in dataset else counts
+
+
+def _members(dataset: xr.Dataset, name: str, attending: float) -> dict[str, np.ndarray]:
+    """Which scores of the task's key belong to each group at the last step [layer, head, prompt]."""
+    if not 0 < attending < 1:
+        raise bad_value("attending", attending, "an attention weight in (0, 1)", "pass 0.5")
+    has_score = read(dataset, name, *_OF_PROMPT, step=-1) >= 0
+    require_score(name, has_score)
+    attends = read(dataset, "prompt/attention", *_OF_PROMPT, step=-1) >= attending
+    return {_ALL_HEADS: has_score, f"task's key, attention at least {attending:g}": has_score & attends}
 
 
 def _firings(dataset: xr.Dataset, name: str) -> np.ndarray:

@@ -236,3 +236,6 @@ def test_scores_are_relative_or_raw_and_reached_as_far_as_asked_for(scores, shar
     torch.testing.assert_close(found["prompt/score"][0], contributions.sum(-1))
     torch.testing.assert_close(found["prompt/sparseness"][0], sparseness(contributions))
     assert torch.equal(found["prompt/n_recon"][0].long(), n_recon(contributions, share))
+    few = found["prompt/n_recon_at_most_4_rotated"][0]
+    assert set(few.flatten().tolist()) <= {0, 0.5, 1}  # a share of two draws
+    torch.testing.assert_close(found["sad/n_recon_at_most_4_rotated"][0], few.nanmean(-1))

@@ -529,6 +529,21 @@ def test_fig_9_tells_what_a_rotated_basis_gives_for_the_key_where_it_was_measure
     assert "rotated" not in headings(figure)[1][1]
 
 
+def test_fig_9_tells_what_a_rotated_basis_gives_for_the_very_scores_of_each_group(run):
+    n_recon, attention = (run[f"prompt/{name}"].values[-1] for name in ("n_recon", "attention"))
+    few = np.random.default_rng(7).random((T, *n_recon.shape))
+    few[:, *NO_SCORE] = np.nan
+    dataset = run.assign({"prompt/n_recon_at_most_4_rotated": (run["prompt/n_recon"].dims, few)})
+    scored = n_recon >= 0
+    for attending in (0.3, 0.5):
+        attends = scored & (attention >= attending)
+        assert 0 < attends.sum() < scored.sum()
+        figure = fig_9(dataset, attending=attending)
+        for heading, members in zip(headings(figure), (scored, attends), strict=True):
+            assert heading[1].endswith(f"(rotated basis: {few[-1][members].mean():.1%})")
+    assert f"{few[-1][attends].mean():.1%}" in FIGURES["fig_9"].sentences(dataset)[1].text
+
+
 @pytest.mark.parametrize("name", ["fig_8", "fig_9"])
 def test_what_figures_of_scores_say_has_the_numbers_of_each_group_beside_chance_or_a_rotated_basis(name, run):
     dataset = with_firings(run)
