@@ -196,6 +196,8 @@ class FiringBatch(NamedTuple):
     scores: AttendedScores  # [n, R]; relative ones are NaN where the query sees one key alone
 
 
+TakeReads = Callable[[int, Float[Tensor, "n D"]], None]  # index of the heads' first dimension (layer), and n tokens
+ReadTokens = Callable[[TakeReads], None]
 Intervene = Callable[[Float[Tensor, "... n"]], Outcome]
 Decompose = Callable[[Int[Tensor, " m"]], AllKeys]
 FindFirings = Callable[[FiringRule, Callable[[FiringBatch], None]], None]
@@ -228,6 +230,8 @@ class Probe:
         interventions: Runs the module on these pairs again with other inputs of some heads (optional).
         find_firings: Hands over every firing of all heads, some at a time, none of them twice; what is
             to be kept of them is up to the callback, as they may be many (optional).
+        read_tokens: Hands over what the heads of each layer read, token by token, some at a time; the heads have the
+            first dimension "layer" then, and D counts no bias coordinate (optional).
         part: (i, n) if this is the i-th of n probes that show different pairs at one step; None if it shows them all.
         batch_dims: Names of the leading dimensions.
         feature_dims: Those of them that features, queries and keys have, a beginning of ``batch_dims``; None for all.
@@ -254,6 +258,7 @@ class Probe:
     decompose: Decompose | None = None
     interventions: Interventions | None = None
     find_firings: FindFirings | None = None
+    read_tokens: ReadTokens | None = None
     part: tuple[int, int] | None = None
     batch_dims: tuple[str, ...] = ("instance",)
     feature_dims: tuple[str, ...] | None = None
@@ -378,6 +383,7 @@ class Probe:
             decompose=None,
             interventions=None,
             find_firings=None,
+            read_tokens=None,
             batch_dims=("step", *first.batch_dims),
             feature_dims=("step", *(first.feature_dims or ())),
         )

@@ -17,6 +17,7 @@ from svf_lightning.callbacks.sharing import HeadSharing, PairSharing
 from svf_lightning.callbacks.svd_alignment import SVDAlignment
 from svf_lightning.callbacks.theory_gap import TheoryGap
 from svf_lightning.callbacks.trajectory_writer import TrajectoryWriter
+from svf_lightning.callbacks.unwhitening import Unwhitening
 from svf_lightning.quantities import Quantity
 from svf_lightning.rows import Rows
 
@@ -44,5 +45,6 @@ __all__ = [
     "StepProgress",
     "TheoryGap",
     "TrajectoryWriter",
+    "Unwhitening",
     "quantities_of",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
-from svf_lightning.metrics import align_pairs, cosine_matrix, unit_features
+from svf_lightning.metrics import align_pairs, cosine_matrix, haar_orthogonal, unit_features
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Quantity
 from svf_lightning.theory import (
@@ -34,9 +34,11 @@ class TheoryGap(ProbeMetric):
         covariance: Where Sigma comes from when singular vectors are un-whitened: "exact" (W W^T), or "tokens" (the
             covariance of the queries and keys that the probe shows, as one has to in a real model; set
             --model.n_observed).
+        n_random: Pairs of random bases that are un-whitened, too, by the same Sigma.
+        seed: Their seed; they come from a generator of their own.
 
     Raises:
-        InputError: An unknown covariance, or no tokens to estimate it from.
+        InputError: An unknown covariance, or no tokens to estimate it from; fewer than one pair of random bases.
     """
 
     needs = "a head (not template=zero)"
@@ -86,12 +88,20 @@ class TheoryGap(ProbeMetric):
             "As alignment/matched, with Sigma u and Sigma v for u and v; Sigma of the features, or of tokens.",
             **_COSINE, better="higher", source="Theorem 1; method, section 4",
         ),
+        Quantity(
+            "alignment/unwhitened_random", "alignment of random bases, un-whitened",
+            "The same of random orthonormal u and v of the same rank, mean: Sigma draws any vector towards features.",
+            **_COSINE, source="Theorem 1; method, section 4",
+        ),
     )  # fmt: skip
+    later = frozenset({"n_random", "seed"})
 
-    def __init__(self, covariance: Literal["exact", "tokens"] = "exact") -> None:
+    def __init__(self, covariance: Literal["exact", "tokens"] = "exact", n_random: int = 16, seed: int = 0) -> None:
         if covariance not in ("exact", "tokens"):
             raise bad_value("covariance", covariance, "'exact' or 'tokens'", "change the TheoryGap callback")
-        self.covariance = covariance
+        if n_random < 1:
+            raise bad_value("n_random", n_random, "an integer >= 1", "change the TheoryGap callback")
+        self.covariance, self.n_random, self.seed = covariance, n_random, seed
 
     def measure(self, probe: Probe) -> Measurement:
         """The optimum of every step; nothing without heads, features and target pairs."""
@@ -109,9 +119,16 @@ class TheoryGap(ProbeMetric):
 
         query, key = (W[..., probe.pairs[:, side]] for side in (0, 1))
         to_query, to_key = self._covariances(probe)
-        unwhite = align_pairs(
-            cosine_matrix(query, unwhitened(svd.U, to_query)), cosine_matrix(key, unwhitened(svd.V, to_key)), svd.S
-        )
+
+        def unwhitened_alignment(U: Tensor, V: Tensor) -> Tensor:
+            left, right = cosine_matrix(query, unwhitened(U, to_query)), cosine_matrix(key, unwhitened(V, to_key))
+            aligned = align_pairs(left, right, svd.S)
+            return (aligned.left + aligned.right).mean(-1) / 2
+
+        D, R = svd.U.shape[-2:]
+        bases = haar_orthogonal(D, 2 * self.n_random, seed=self.seed, device=W.device)[..., :R].to(W.dtype)
+        bases = bases.reshape(self.n_random, 2, *(1,) * (W.ndim - 2), D, R).expand(-1, -1, *svd.U.shape)
+        by_chance = torch.stack([unwhitened_alignment(U, V) for U, V in bases]).mean(0)
         first_u, first_v = svd.U[..., :1], svd.V[..., :1]
         named = torch.unique(probe.pairs.flatten())
         axis = _axis(W)
@@ -127,7 +144,8 @@ class TheoryGap(ProbeMetric):
             "theory/cone_right": _cosine(first_v, axis),
             "theory/cone_features": cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)),
             "theory/residual": (residual.query + residual.key) / 2,
-            "alignment/unwhitened": (unwhite.left + unwhite.right).mean(-1) / 2,
+            "alignment/unwhitened": unwhitened_alignment(svd.U, svd.V),
+            "alignment/unwhitened_random": by_chance,
         }
 
     def _covariances(self, probe: Probe) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from svf_lightning.figures.histograms import fig_8, fig_9
 from svf_lightning.figures.heads_map import heads_map
 from svf_lightning.figures.ablation import causal
 from svf_lightning.figures.interventions import interventions
+from svf_lightning.figures.unwhitening import unwhitening
 # isort: on
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "sparsity_over_time",
     "spectrum_over_time",
     "training",
+    "unwhitening",
 ]

@@ -12,6 +12,7 @@ from svf_lightning.metrics.alignment import (
     signed_cosine_matrix,
     spearman,
 )
+from svf_lightning.metrics.covariance import RunningCovariance, effective_rank, shrunk_covariance
 from svf_lightning.metrics.dynamics import has_happened, noise_of, time_of_change
 from svf_lightning.metrics.geometry import (
     attended_vs_rest,
@@ -44,6 +45,7 @@ __all__ = [
     "InstanceMean",
     "Interval",
     "PairAlignment",
+    "RunningCovariance",
     "SparseAttention",
     "Sparsity",
     "SparsityOverPairs",
@@ -52,6 +54,7 @@ __all__ = [
     "contribution_order",
     "cosine_matrix",
     "degrees_from_orthogonal",
+    "effective_rank",
     "feature_dimensionality",
     "gram",
     "haar_orthogonal",
@@ -70,6 +73,7 @@ __all__ = [
     "share_in_span",
     "share_interval",
     "share_served",
+    "shrunk_covariance",
     "sigma_ratio",
     "signed_cosine_matrix",
     "sparseness",

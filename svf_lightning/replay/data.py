@@ -12,8 +12,17 @@ import torch
 
 from svf_lightning.errors import CheckpointError, InputError, bad_value, closest, shortened
 from svf_lightning.replay.ioi_wang import wang_prompts
-from svf_lightning.replay.prompts import PROMPT_FILES, Prompt, PromptBatch, batches, ioi_prompts, read_prompts
+from svf_lightning.replay.prompts import (
+    PROMPT_FILES,
+    Prompt,
+    PromptBatch,
+    batches,
+    ioi_prompts,
+    leading_token,
+    read_prompts,
+)
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource
+from svf_lightning.replay.text import Text, read_text
 from svf_lightning.run.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -55,6 +64,9 @@ class ReplayData(pl.LightningDataModule):
         seed: Seed of the IOI prompts.
         prepend_bos: Begin prompts with the beginning-of-sequence token; null: as the tokenizer does.
         strict: Fail (exit code 1) if a checkpoint is flagged, as its weights are not what they say they are.
+        text: Text whose tokens the covariance of what heads read is estimated from (Unwhitening), in windows of up to
+            128 tokens: a file, or "pydoc", Python's own manual; null: the prompts' own tokens.
+        text_tokens: Most tokens of the text.
 
     Raises:
         InputError: An option out of range.
@@ -69,14 +81,18 @@ class ReplayData(pl.LightningDataModule):
         seed: int = 0,
         prepend_bos: bool | None = None,
         strict: bool = False,
+        text: str | None = None,
+        text_tokens: int = 16384,
     ) -> None:
         super().__init__()
-        for name, value in (("n_prompts", n_prompts), ("batch_size", batch_size)):
+        for name, value in (("n_prompts", n_prompts), ("batch_size", batch_size), ("text_tokens", text_tokens)):
             if value < 1:
                 raise bad_value(name, value, "an integer >= 1", f"change --data.{name}")
         self.source, self.prompts_from = source, prompts
         self.n_prompts, self.batch_size, self.seed, self.prepend_bos = n_prompts, batch_size, seed, prepend_bos
         self.strict = strict
+        self.text_from, self.text_tokens = text, text_tokens
+        self._text: Text | None = None
         self._prompts: list[Prompt] | None = None
         self._refs: list[CheckpointRef] | None = None
 
@@ -111,6 +127,27 @@ class ReplayData(pl.LightningDataModule):
         return read_prompts(self.prompts_from, tokenizer, prepend_bos=self.prepend_bos)
 
     @property
+    def text(self) -> Text | None:
+        """The text; None if there is none.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if self._text is None and self.text_from is not None:
+            self._text = self._read_text(self.source.tokenizer())
+        return self._text
+
+    def _read_text(self, tokenizer: PreTrainedTokenizerBase) -> Text:
+        assert self.text_from is not None
+        bos = leading_token(tokenizer, self.prepend_bos)
+        return read_text(self.text_from, tokenizer, self.text_tokens, bos)
+
+    @property
+    def fields_of_text(self) -> dict[str, str]:
+        """What decides about the numbers of a text, if there is one: runs of earlier versions had none."""
+        return {} if self.text is None else {"text": self.text.hash}
+
+    @property
     def fields_of_file(self) -> dict[str, list[Any]]:
         """What a file of prompts gives beside the prompts and decides about the numbers: by field, where it is used."""
         if self.prompts_from in (IOI, IOI_WANG):
@@ -134,6 +171,7 @@ class ReplayData(pl.LightningDataModule):
         try:
             other = self.source.other_tokenizer(ref)
             prompts = [] if other is None else self._read(other)
+            text = None if other is None or self.text is None else self._read_text(other)
         except InputError as error:
             raise CheckpointError(f"{ref.name} has another tokenizer, which cannot be used: {error}") from error
         for prompt, expected in zip(sorted(prompts, key=_order), self.prompts, strict=False):
@@ -142,6 +180,11 @@ class ReplayData(pl.LightningDataModule):
                     f"{ref.name} has another tokenizer: it reads {shortened(repr(expected.text))} as other tokens than "
                     "that of the other checkpoints"
                 )
+        if text is not None and text != self.text:
+            raise CheckpointError(
+                f"{ref.name} has another tokenizer: it reads the text as other tokens than that of the other "
+                "checkpoints"
+            )
 
     @property
     def refs(self) -> list[CheckpointRef]:

@@ -26,6 +26,8 @@ from svf_lightning.probe import (
     FiringBatch,
     FiringRule,
     Probe,
+    ReadTokens,
+    TakeReads,
 )
 from svf_lightning.replay.bridge import Processing, check_folded, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
@@ -33,8 +35,9 @@ from svf_lightning.replay.decompose import HeadSpace, RopeBasis, check_rope_basi
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.intervention import PromptInterventions
 from svf_lightning.replay.model_files import hash_and_fingerprint
-from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, check_prompts_fit
+from svf_lightning.replay.prompts import Prompt, PromptBatch, batches, check_prompts_fit, context_window
 from svf_lightning.replay.source import CheckpointRef, LoadedCheckpoint
+from svf_lightning.replay.text import hand_over_reads
 from svf_lightning.run.directory import IDENTITY
 from svf_lightning.run.fingerprint import Fingerprint
 from svf_lightning.run.identity import check_same_identity, metric_identity
@@ -120,6 +123,7 @@ class CheckpointReplay(pl.LightningModule):
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
             **data.fields_of_file,
+            **data.fields_of_text,
             "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
@@ -316,7 +320,15 @@ class CheckpointReplay(pl.LightningModule):
         def find_firings(rule: FiringRule, take: Callable[[FiringBatch], None]) -> None:
             current.space.find_firings(prompts.tokens, prompts.length, rule, take, query=prompts.query)
 
-        return self._make_probe(current, scores, again, decompose, find_firings, batch.part)
+        def read_tokens(take: TakeReads) -> None:
+            bridge, text = current.space.bridge, self.data.text
+            if text is None:
+                hand_over_reads(bridge, prompts.tokens, prompts.length, take)
+            elif batch.part[0] == 0:
+                for windows in text.batches(context_window(current.loaded.model.config)):
+                    hand_over_reads(bridge, windows, None, take)
+
+        return self._make_probe(current, scores, again, decompose, find_firings, read_tokens, batch.part)
 
     def _fail(self, ref: CheckpointRef, error: Exception) -> None:
         """Write down that a checkpoint failed; the others go on."""
@@ -348,6 +360,7 @@ class CheckpointReplay(pl.LightningModule):
         again: PromptInterventions,
         decompose: Decompose,
         find_firings: FindFirings,
+        read_tokens: ReadTokens,
         part: tuple[int, int],
     ) -> Probe:
         loaded = current.loaded
@@ -372,6 +385,7 @@ class CheckpointReplay(pl.LightningModule):
             interventions=None if current.space.is_fixed else again,
             decompose=decompose,
             find_firings=find_firings,
+            read_tokens=read_tokens,
             part=part,
             is_last=loaded.ref == self.data.refs[-1],
             batch_dims=("layer", "head"),

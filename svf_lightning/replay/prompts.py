@@ -637,6 +637,12 @@ def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encodi
     return token
 
 
+def context_window(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model can read at once; None if its configuration names no limit."""
+    of_text: Any = config.get_text_config()
+    return next((n for name in _WINDOWS if isinstance(n := getattr(of_text, name, None), int) and n > 0), None)
+
+
 def check_prompts_fit(prompts: Sequence[Prompt], config: PretrainedConfig, where: str) -> None:
     """Check that a model can read prompts.
 
@@ -649,7 +655,7 @@ def check_prompts_fit(prompts: Sequence[Prompt], config: PretrainedConfig, where
         InputError: One has more tokens than the model's context window, or a token that is not in its vocabulary.
     """
     text_config: Any = config.get_text_config()
-    window = next((n for name in _WINDOWS if isinstance(n := getattr(text_config, name, None), int) and n > 0), None)
+    window = context_window(config)
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if window is not None and len(longest.tokens) > window:
         raise bad_value(
@@ -743,6 +749,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], prepend_bos: b
             ids, spans, query = [bos, *ids], [(0, 0), *spans], query + 1
         encodings.append(_Encoding(tuple(ids), spans, query))
     return encodings
+
+
+def leading_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> int | None:
+    """The special token that every prompt begins with; None if there is none.
+
+    Raises:
+        InputError: As for `ioi_prompts`.
+    """
+    (encoding,) = _encode(tokenizer, ["a"], prepend_bos)
+    return encoding.ids[0] if encoding.spans[0] == (0, 0) else None
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:

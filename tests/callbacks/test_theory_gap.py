@@ -55,6 +55,32 @@ def test_the_covariance_of_many_tokens_unwhitens_as_the_exact_one_does():
     assert (found["alignment/unwhitened"] > 0.995).all()
 
 
+def test_random_bases_are_unwhitened_by_the_same_covariance_and_come_near_the_features_of_a_cone():
+    model = ToyAttentionModel(
+        n_features=14, d_model=7, n_instances=2, template="single", init_features="cone", cone_strength=1.5,
+        init_head="optimal",
+    )  # fmt: skip
+    found = measured(TheoryGap(n_random=300, seed=1), model)["alignment/unwhitened_random"]
+    plain = ToyAttentionModel(n_features=14, d_model=7, n_instances=1, init_features="tight_frame")
+    assert found.min() > measured(TheoryGap(n_random=300), plain)["alignment/unwhitened_random"].max() + 0.05
+    rng = np.random.default_rng(3)
+    (i, j), R = model.probe().pairs[0].tolist(), model.probe().heads.W_Q.shape[-2]
+    for instance in range(2):
+        W = model.W.detach()[instance].double().numpy()
+        cosines = []
+        for _ in range(1500):
+            left, right = (W @ W.T @ np.linalg.qr(rng.normal(size=(7, 7)))[0][:, :R] for _ in range(2))
+            near = [
+                np.abs(w @ side) / np.linalg.norm(w) / np.linalg.norm(side, axis=0)
+                for w, side in ((W[:, i], left), (W[:, j], right))
+            ]
+            k = np.argmax(near[0] * near[1])
+            cosines.append((near[0][k] + near[1][k]) / 2)
+        assert found[instance].item() == pytest.approx(np.mean(cosines), abs=0.02)
+    with pytest.raises(InputError, match=r"n_random.*>= 1"):
+        TheoryGap(n_random=0)
+
+
 def test_a_covariance_from_tokens_without_tokens_is_an_input_error():
     with pytest.raises(InputError, match="n_observed"):
         measured(TheoryGap("tokens"), ToyAttentionModel(n_features=14, d_model=7))

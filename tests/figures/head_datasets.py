@@ -6,9 +6,19 @@ import xarray as xr
 STEPS = [0, 1, 3, 10, 40, 100, 700]
 T, L, H, R, P, N_DRAWS = 7, 5, 11, 17, 13, 19  # one size per axis
 N_REMOVED, N_I, N_TEMPLATES = 23, 3, 12
+SIDES = ("left", "right")
 TASK = [(4, 2), (0, 9)]  # of the last step; other heads before
 NO_SCORE = (3, 7)  # a head that sees one key only
-OF_HEADS = ("fig_7a", "fig_7b", "fig_8", "fig_9", "heads_map", "causal", "interventions")  # figures of a language model
+OF_HEADS = (  # figures of a language model
+    "fig_7a",
+    "fig_7b",
+    "fig_8",
+    "fig_9",
+    "heads_map",
+    "causal",
+    "interventions",
+    "unwhitening",
+)
 NAMES = (*OF_HEADS, "sparsity_over_time")
 
 
@@ -48,6 +58,7 @@ def synthetic():
         "causal/logit_difference": (("step", "n_removed", "kind", "prompt"), rng.normal(size=(T, N_REMOVED, 3, P))),
         "causal/layer_head": (("step", "causal_head"), task[:, :1].astype(np.int32)),
         **directions(rng, task[:, :2]),
+        **unwhitened(),
     }
     return xr.Dataset({**scalars, **per_prompt, **arrays}, coords={"step": STEPS})
 
@@ -74,6 +85,16 @@ def directions(rng, task):
     variables["directions/numbers"] = (("step", "n_directions"), np.tile([1, 4], (T, 1)).astype(np.int32))
     variables["directions/layer_head"] = (("step", "direction_head"), task.astype(np.int32))
     return variables
+
+
+def unwhitened():
+    """What Unwhitening measures."""
+    rng = np.random.default_rng(3)
+    names = [
+        f"{form}{end}{side}" for form in ("", "plain_") for end in ("", "random_", "percentile_") for side in SIDES
+    ]
+    variables = {f"unwhitening/{name}": (("step", "layer", "head"), rng.uniform(size=(T, L, H))) for name in names}
+    return {**variables, "unwhitening/tokens": (("step", "layer"), np.full((T, L), 4321.0))}
 
 
 def with_firings(run):
