@@ -3,27 +3,34 @@
     python docs/tables.py [RUN_DIR ...]
 
 ``README.md``: the presets. ``docs/metrics.md``: every quantity. ``docs/results.md``: the verdicts of the given runs,
-from their summary.json; rows of experiments that are not given stay.
+from their summary.json; rows of experiments that are not given stay. Several runs of one experiment, such as of other
+seeds, share its rows: means over runs, intervals whose units are runs, and how often each verdict was given.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import yaml
 
 from svf_lightning.cli import DEFAULT_PRESET, preset_path, presets
 from svf_lightning.metrics.dynamics import LEVELS, NOISE_FACTOR
+from svf_lightning.metrics.intervals import mean_interval
 from svf_lightning.quantities import Quantity
 from svf_lightning.registry import BUILT_IN, METRICS
-from svf_lightning.run.claims import in_words
+from svf_lightning.run.claims import Answer, in_words
 from svf_lightning.run.directory import is_replay
 from svf_lightning.run.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 README, METRICS_PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "metrics.md", ROOT / "docs" / "results.md"
+
+VERDICTS = get_args(Answer)
 
 
 def between(name: str, by: str = "docs/tables.py") -> tuple[str, str]:
@@ -114,19 +121,61 @@ def metrics_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def claims(run_dir: Path) -> list[tuple[str, ...]]:
-    """One row per claim of a run."""
+def command_of(run_dir: Path) -> str:
+    """The command that made a run.
+
+    Raises:
+        SystemExit: The run is not finished.
+    """
     summary = read_summary(run_dir)
     if summary.get("status") != "finished":
         raise SystemExit(f"{run_dir} is {summary.get('status', 'not a finished run')}")
-    command = f"`{'replay' if is_replay(run_dir) else 'fit'} --config {summary['experiment']}`"
+    return f"`{'replay' if is_replay(run_dir) else 'fit'} --config {summary['experiment']}`"
+
+
+def claims(command: str, run_dirs: list[Path]) -> list[tuple[str, ...]]:
+    """One row per claim of a run, or of several runs of one command that differ in their seeds.
+
+    Raises:
+        SystemExit: The runs do not make the same claims.
+    """
+    by_run = [read_summary(run_dir)["claims"] for run_dir in run_dirs]
+    if any([one["claim"] for one in its] != [one["claim"] for one in by_run[0]] for its in by_run):
+        raise SystemExit(f"the runs of {command} make different claims")
     rows = []
-    for claim in summary["claims"]:
-        told = in_words(claim)
-        verdict = {"yes": "yes", "open": "open"}.get(told.verdict, f"**{told.verdict}**")
-        about = (told.measured, told.null, told.effect, told.needed, told.n, verdict)
-        rows.append((claim["figure"], command, claim["claim"], *about))
+    for of_runs in zip(*by_run, strict=True):
+        told = in_words(over_runs(of_runs))
+        names = {one: "yes" if one == "yes" else "open" if one == "open" else f"**{one}**" for one in VERDICTS}
+        counts = Counter(in_words(one).verdict for one in of_runs)
+        verdicts = [(names[one], counts[one]) for one in VERDICTS if counts[one]]
+        verdict = verdicts[0][0] if len(verdicts) == 1 else ", ".join(f"{name} in {n}" for name, n in verdicts)
+        n = told.n if len(of_runs) == 1 else f"{len(of_runs)} runs"
+        about = (told.measured, told.null, told.effect, told.needed, n, verdict)
+        rows.append((of_runs[0]["figure"], command, of_runs[0]["claim"], *about))
     return rows
+
+
+def over_runs(of_runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The numbers of a claim over several runs: means, with intervals whose units are runs."""
+    if len(of_runs) == 1:
+        return of_runs[0]
+
+    def mean(numbers: list[float | None]) -> tuple[float | None, list[float] | None]:
+        known = np.array([value for value in numbers if value is not None])
+        low, high = mean_interval(known)
+        interval = [float(low), float(high)] if np.isfinite(low) else None
+        return (float(known.mean()), interval) if len(known) else (None, None)
+
+    measured, interval = mean([one["measured"] for one in of_runs])
+    joined = {**of_runs[0], "measured": measured, "interval": interval, "share": None}
+    if of_runs[0].get("null"):
+        joined["null"] = {**of_runs[0]["null"], "value": mean([one["null"]["value"] for one in of_runs])[0]}
+    if all(one.get("effect") for one in of_runs):
+        value, interval = mean([one["effect"]["value"] for one in of_runs])
+        joined["effect"] = {"value": value, "interval": interval}
+    else:
+        joined["effect"] = None
+    return joined
 
 
 def claims_table(page: str, run_dirs: list[Path]) -> str:
@@ -136,9 +185,11 @@ def claims_table(page: str, run_dirs: list[Path]) -> str:
         tables.setdefault(row.split("|")[2].strip(), []).append(row)
     titles = ("paper", "command", "claim", "measured [95 %]", "null", "difference [95 %]", "needed", "n", "verdict")
     header = markdown(titles, [])
+    by_command: dict[str, list[Path]] = {}
     for run_dir in run_dirs:
-        rows = claims(run_dir)
-        tables[rows[0][1]] = markdown(("",), rows).splitlines()[2:]
+        by_command.setdefault(command_of(run_dir), []).append(run_dir)
+    for command, its in by_command.items():
+        tables[command] = markdown(("",), claims(command, its)).splitlines()[2:]
     return "\n".join([header, *(row for table in tables.values() for row in table)])
 
 

@@ -178,10 +178,59 @@ def test_neither_the_toy_nor_the_replay_knows_the_other_or_the_callbacks():
 # ---- what is written by a program
 
 
-def test_tables_of_the_documentation_are_what_the_program_writes(tmp_path):
+@pytest.fixture(scope="module")
+def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_claim_of_several_runs_has_their_mean_an_interval_over_runs_and_every_verdict(tables):
+    def judged(measured, null, verdict):
+        effect = None if measured is None else {"value": measured - null, "interval": [-9, 9]}
+        return {
+            "claim": "c", "figure": "Fig. 1", "measured": measured, "verdict": verdict, "holds": None, "needed": "mean > 0",
+            "null": {"name": "start", "value": null}, "interval": [-9, 9], "effect": effect, "share": None, "n": 270,
+        }  # fmt: skip
+
+    told = tables.in_words(
+        tables.over_runs([judged(0.2, 0.1, "yes"), judged(0.4, 0.1, "open"), judged(0.6, 0.4, "no")])
+    )
+    half = 4.302653 * 0.2 / 3**0.5  # Student's t with two degrees of freedom
+    assert told.measured == f"0.4 [{0.4 - half:.3g}, {0.4 + half:.3g}]"
+    assert told.null == "0.2 (start)"
+    half = 4.302653 * 0.1 / 3**0.5
+    assert told.effect == f"+0.2 [{0.2 - half:.3g}, {0.2 + half:.3g}]"
+    alone = judged(0.2, 0.1, "yes")
+    assert tables.over_runs([alone]) == alone
+    gap = tables.in_words(tables.over_runs([alone, judged(None, None, "vacuous")]))
+    assert (gap.measured, gap.effect) == ("0.2", "")
+
+
+def test_runs_of_one_command_share_their_rows(tables, tmp_path, monkeypatch):
+    claim = {"claim": "c", "figure": "f", "measured": 1.0, "holds": None, "needed": "mean", "n": 4, "interval": None}
+    runs = {f"run{i}": {"status": "finished", "experiment": "e", "claims": [{**claim, "verdict": verdict}]}
+            for i, verdict in enumerate(("yes", "yes", "no"))}  # fmt: skip
+    monkeypatch.setattr(tables, "read_summary", lambda path: runs[path.name])
+    monkeypatch.setattr(tables, "is_replay", lambda path: True)
+    page = "\n".join(
+        (tables.between("claims")[0], "| a |", "| - |", "| f | `fit --config x` | kept |", tables.between("claims")[1])
+    )
+    rows = tables.claims_table(page, [Path(name) for name in runs]).splitlines()[2:]
+    assert rows[0] == "| f | `fit --config x` | kept |"
+    assert rows[1].startswith("| f | `replay --config e` | c | 1 [1, 1] |")
+    assert rows[1].endswith("| 3 runs | yes in 2, **no** in 1 |")
+    assert len(rows) == 2
+    runs["run1"]["claims"][0]["claim"] = "d"
+    with pytest.raises(SystemExit, match="different claims"):
+        tables.claims_table(page, [Path(name) for name in runs])
+    runs["run1"]["status"] = "interrupted"
+    with pytest.raises(SystemExit, match="run1 is interrupted"):
+        tables.claims_table(page, [Path(name) for name in runs])
+
+
+def test_tables_of_the_documentation_are_what_the_program_writes(tables):
     readme = (ROOT / "README.md").read_text()
     assert tables.replaced(readme, "presets", tables.presets_table()) == readme, "run python docs/tables.py"
     assert tables.metrics_page() == (ROOT / "docs" / "metrics.md").read_text(), "run python docs/tables.py"
