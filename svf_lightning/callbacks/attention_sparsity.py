@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.callbacks.templates import means_of_templates, templates_of
 from svf_lightning.errors import bad_value
-from svf_lightning.metrics import SparseAttention, SparsityOverPairs
+from svf_lightning.metrics import SparseAttention, SparsityOverPairs, compare_heads
+from svf_lightning.metrics.head_tests import LEVEL
 from svf_lightning.metrics.sparsity import FEW, last_eighth
 from svf_lightning.probe import AttendedScores, Probe, Scores, check_scores
 from svf_lightning.quantities import SPARSENESS, TASK, TASK_PAIRS, TASK_SPARSENESS, Place, Quantity
@@ -99,6 +101,7 @@ _ATTENDING = _over_pairs("sad/attending/", ", attending heads", {"n_recon": {"pa
 _CONTROLS = ("sparseness_shared_rotation", "sparseness_independent_rotation", "sparseness_permuted_pairing")
 _KEPT_AS = {"n_recon_shared_rotation": None, "few_shared_rotation": "n_recon_at_most_4_rotated"}  # None: not kept
 _STRONGEST = "sparseness_strongest_control"
+_WAYS = (("sparser", "smaller", "every control"), ("denser", "larger", "one control"))
 _SAMPLED = (
     ("sparseness", "sparseness", "S(v)"),
     *((name, name.replace("_", " "), "S(v)") for name in (*_CONTROLS, _STRONGEST)),
@@ -111,8 +114,10 @@ class AttentionSparsity(ProbeMetric):
     Over the query-key pairs that the probe shows (prompts, for a language model): ``sad/NAME`` per instance, or per
     layer and head. With attention weights also, one value per step: ``sad/task/NAME``, means over the ``n_task_heads``
     heads with most attention on the key, and ``sad/attending/NAME``, over all (pair, head) with a weight of at least
-    ``attending``. What intervals are made of: ``attending/NAME`` of each head, over its pairs that attend, and
-    ``template/NAME`` of each template of the prompts, over the task's heads.
+    ``attending``. Of each head whether it is sparser than every control (``sad/sparser``), or denser than one
+    (``sad/denser``), tested over templates and corrected over heads
+    (:func:`~svf_lightning.metrics.compare_heads`). What intervals are made of: ``attending/NAME`` of each head, over
+    its pairs that attend, and ``template/NAME`` of each template of the prompts, over the task's heads.
 
     Args:
         n_draws: Random rotations, or permutations, of each control.
@@ -163,6 +168,20 @@ class AttentionSparsity(ProbeMetric):
                      unit=unit, low=0, dims=("template",), places=Place.NOWHERE, needs="a language model (replay)",
                      gaps=True)
             for name, label, unit in (*_SAMPLED, ("accuracy", "accuracy", "share"))
+        ),
+        *(
+            Quantity(f"sad/{way}", f"{way} than {than}, corrected over heads",
+                     f"1 for a head whose S(v) is {sign} than under {than}, else 0; sign flips over templates, "
+                     "5 % false discoveries (Benjamini-Hochberg) over all heads. None: too few templates.",
+                     unit="share", low=0, high=1, logged="mean", gaps=True, source="Fig. 7b",
+                     needs="a language model (replay), and five templates")
+            for way, sign, than in _WAYS
+        ),
+        *(
+            Quantity(f"sad/p_{way}", f"corrected p, {way} than {than}", "Of each head, all keys of the task.", unit="p",
+                     low=0, high=1, logged="no", gaps=True, places=Place.NOWHERE, source="Fig. 7b",
+                     needs="a language model (replay), and five templates")
+            for way, _, than in _WAYS
         ),
         Quantity("sad/attending/count", "(pair, head) that attend", "With at least half of the attention on the key.",
                  unit="count", low=0, logged="mean"),
@@ -310,8 +329,23 @@ class AttentionSparsity(ProbeMetric):
         for prefix, values in (("attending", of_head), ("template", of_template)):
             values[_STRONGEST] = torch.stack([values[name] for name in _CONTROLS]).amin(0)
             measured |= {f"{prefix}/{name}": value for name, value in values.items()}
+        measured |= self._tested(flat, templates, shape)
         counts = {f"attending/{name}": measured[f"attending/{name}"].view(shape) for name in of_head}
         measured |= counts | {"attending/count": attends.sum(-1).to(flat.attention.dtype).view(shape)}
+        return measured
+
+    def _tested(self, flat: SparsityOverPairs, templates: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+        """Which heads are sparser than every control, and which are denser than one, over templates."""
+        own, *controls = (
+            means_of_templates(getattr(flat, name), templates).double().cpu().numpy()
+            for name in ("sparseness", *_CONTROLS)
+        )
+        tests = compare_heads(own, np.stack(controls), seed=self.seed)
+        measured = {}
+        for way, p in zip(("sparser", "denser"), tests, strict=True):
+            found = np.where(np.isnan(p), np.nan, p <= LEVEL)
+            for name, values in ((f"sad/p_{way}", p), (f"sad/{way}", found)):
+                measured[name] = torch.from_numpy(values).to(flat.score).view(shape)
         return measured
 
 

@@ -59,11 +59,12 @@ class Unwhitening(ProbeMetric):
     quantities = (
         *(
             Quantity(
-                f"unwhitening/{prefix}{side}", f"{before}{letter} against the nearest feature",
+                f"unwhitening/{prefix}{side}", f"{before}{letter}{as_it_is} against the nearest feature",
                 f"Cosine of {before}{letter}_1 with the feature nearest to it; Sigma from tokens.", **_COSINE,
                 better="higher", source=_SOURCE,
             )
-            for prefix, before, _ in _FORMS for side, letter in _SIDES
+            for (prefix, before, _), as_it_is in zip(_FORMS, ("", " as it is"), strict=True)
+            for side, letter in _SIDES
         ),
         *(
             Quantity(

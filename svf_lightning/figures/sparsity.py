@@ -29,6 +29,7 @@ from svf_lightning.figures.look import (
     ORANGE,
     PURPLE,
     SIGMA,
+    SKY,
     TIMES,
     VERMILLION,
     as_text,
@@ -46,6 +47,7 @@ from svf_lightning.figures.reading import (
     require_heads,
     subtitle_of,
 )
+from svf_lightning.metrics.head_tests import LEVEL
 from svf_lightning.sentences import Sentence, from_to
 
 if TYPE_CHECKING:
@@ -54,7 +56,12 @@ if TYPE_CHECKING:
 SPARSENESS, N_RECON = "sparseness S(v)", "N<sub>recon</sub>"
 _C = "c\u0303<sub>k</sub>"  # c with a tilde
 _SINGULAR = (GREEN, "singular basis")
-_ROTATED = ((ORANGE, "shared rotation"), (PURPLE, "independent rotation"))
+_CONTROLS = {  # by the end of the quantity's name; earlier versions have no permuted pairing
+    "shared_rotation": (ORANGE, "shared rotation"),
+    "independent_rotation": (PURPLE, "independent rotation"),
+    "permuted_pairing": (SKY, "permuted pairing"),
+}
+_DRAWS = dict(zip(("draw/shared", "draw/independent", "draw/permuted"), _CONTROLS.values(), strict=True))
 
 
 # ---- what figures of a replay share ----------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def _row_of(dataset: xr.Dataset, step: int | None) -> int:
 
 
 class TaskHeads(NamedTuple):
-    """The task's heads over training: their S(v) with two rotated controls, and what they come to do.
+    """The task's heads over training: their S(v) with its controls, and what they come to do.
 
     They are the same heads at every step: those with most attention on the key at the last one, or those that were
     named.
@@ -272,16 +279,18 @@ class TaskHeads(NamedTuple):
 
     step: Int[np.ndarray, "step"]
     head: Shaped[np.ndarray, "head"]  # names such as L2H3
-    rotation: Shaped[np.ndarray, "rotation"]  # names of the controls
+    control: Shaped[np.ndarray, "control"]  # names of the controls
     sparseness_each: Float[np.ndarray, "step head"]  # S(v) in the singular basis, mean over prompts
     sparseness: Float[np.ndarray, "step"]  # mean over heads
     attention_each: Float[np.ndarray, "step head"]  # attention weight on the key, mean over prompts
     attention: Float[np.ndarray, "step"]  # mean over heads
     accuracy: Float[np.ndarray, "step"]  # share of the prompts that the model gets right; NaN if the run lacks it
-    rotated_mean: Float[np.ndarray, "rotation step"]  # S(v) of the heads, mean over random rotations
-    rotated_lowest: Float[np.ndarray, "rotation step"]  # of the rotations
-    rotated_highest: Float[np.ndarray, "rotation step"]
-    n_rotations: int
+    control_mean: Float[np.ndarray, "control step"]  # S(v) of the heads, mean over random draws
+    control_lowest: Float[np.ndarray, "control step"]  # of the draws
+    control_highest: Float[np.ndarray, "control step"]
+    shares: dict[str, float]  # of all heads: sparser than every control, denser than one; empty if not tested
+    n_heads: int  # heads that were tested
+    n_draws: int
     n_singular: int  # singular pairs of a head
     attention_label: str
     accuracy_label: str
@@ -308,23 +317,27 @@ def prepare_fig_7b(dataset: xr.Dataset, *, heads: Sequence[Head] | None = None) 
         mean_of_finite(_of_heads(dataset, name, heads), -1) for name in ("prompt/sparseness", "prompt/attention")
     )
     require_score("prompt/sparseness", np.isfinite(sparseness))
-    rotated = [mean_of_finite(_of_heads(dataset, name, heads), 1) for name in ("draw/shared", "draw/independent")]
-    mean, lowest, highest = _mean_and_range(rotated)
+    controls = {name: label for name, (_, label) in _DRAWS.items() if name in dataset}
+    drawn = [mean_of_finite(_of_heads(dataset, name, heads), 1) for name in controls]
+    mean, lowest, highest = _mean_and_range(drawn)
+    shares, n_heads = _tested(dataset)
     step = dataset["step"].values
     has_accuracy = "sad/accuracy" in dataset
     return TaskHeads(
         step=step,
         head=np.array([str(head) for head in heads]),
-        rotation=np.array([label for _, label in _ROTATED]),
+        control=np.array(list(controls.values())),
         sparseness_each=sparseness,
         sparseness=mean_of_finite(sparseness, 1),
         attention_each=attention,
         attention=mean_of_finite(attention, 1),
         accuracy=read(dataset, "sad/accuracy", "step") if has_accuracy else np.full(len(step), np.nan),
-        rotated_mean=mean,
-        rotated_lowest=lowest,
-        rotated_highest=highest,
-        n_rotations=dataset.sizes["draw"],
+        control_mean=mean,
+        control_lowest=lowest,
+        control_highest=highest,
+        shares=shares,
+        n_heads=n_heads,
+        n_draws=dataset.sizes["draw"],
         n_singular=dataset.sizes["rank"],
         attention_label=quantity(dataset, "sad/attention").title,
         accuracy_label=quantity(dataset, "sad/accuracy").title,
@@ -336,15 +349,16 @@ def prepare_fig_7b(dataset: xr.Dataset, *, heads: Sequence[Head] | None = None) 
 def draw_fig_7b(data: TaskHeads, *, x_axis: XAxis = "log") -> go.Figure:
     """Fig. 7b: lines over the training steps, S(v) above, attention and accuracy below.
 
-    A thin line is one head, a thick line the mean of the heads. A control is the mean over its random rotations; its
-    band goes from the lowest to the highest of them.
+    A thin line is one head, a thick line the mean of the heads. A control is the mean over its random draws; its band
+    goes from the lowest to the highest of them.
     """
     time = Steps(data.step, x_axis)
     drawn = _panels_over_steps(time, 0.6, data.n_singular)
-    for i, (colour, label) in enumerate(_ROTATED):
+    colours = {label: colour for colour, label in _CONTROLS.values()}
+    for i, label in enumerate(data.control):
         band = {"name": f"{label}, range", "row": 1, "col": 1}
-        time.band(drawn, data.rotated_lowest[i], data.rotated_highest[i], colour, **band)
-        time.line(drawn, data.rotated_mean[i], colour, label, width=2, row=1, col=1)
+        time.band(drawn, data.control_lowest[i], data.control_highest[i], colours[label], **band)
+        time.line(drawn, data.control_mean[i], colours[label], label, width=2, row=1, col=1)
     for row, each, mean, (colour, label), rank in (
         (1, data.sparseness_each, data.sparseness, _SINGULAR, 1),
         (2, data.attention_each, data.attention, (BLUE, data.attention_label), None),
@@ -361,9 +375,21 @@ def draw_fig_7b(data: TaskHeads, *, x_axis: XAxis = "log") -> go.Figure:
     return finish(
         drawn,
         "Sparseness of the task's heads over training" if data.is_task else "Sparseness of chosen heads over training",
-        f"{data.subtitle} · {thin_lines} · bands: all {data.n_rotations} rotations",
+        f"{data.subtitle} · {thin_lines} · bands: all {data.n_draws} draws",
         height=600,
     )
+
+
+def _tested(dataset: xr.Dataset) -> tuple[dict[str, float], int]:
+    """Share of all heads that are sparser than every control, and denser than one, at the last step; how many heads."""
+    names = {"sparser": "sad/sparser", "denser": "sad/denser"}
+    if any(name not in dataset for name in names.values()):
+        return {}, 0
+    found = {way: read(dataset, name, "layer", "head", step=-1) for way, name in names.items()}
+    known = np.isfinite(found["sparser"])
+    if not known.any():  # too few templates
+        return {}, 0
+    return {way: float(values[known].mean()) for way, values in found.items()}, int(known.sum())
 
 
 def _of_heads(dataset: xr.Dataset, name: str, heads: Sequence[Head]) -> np.ndarray:
@@ -402,7 +428,7 @@ class SparsityOverTime(NamedTuple):
     """
 
     step: Int[np.ndarray, "step"]
-    metric: Shaped[np.ndarray, "metric"]  # names: S(v) of both controls, S(v) in the singular basis, alignment
+    metric: Shaped[np.ndarray, "metric"]  # names: S(v) of the controls, S(v) in the singular basis, alignment
     mean: Float[np.ndarray, "metric step"]
     lowest: Float[np.ndarray, "metric step"]
     highest: Float[np.ndarray, "metric step"]
@@ -421,8 +447,8 @@ def prepare_sparsity_over_time(dataset: xr.Dataset) -> SparsityOverTime:
     Raises:
         InputError: The run lacks the quantities, has fewer than two steps, or none of its numbers is finite.
     """
-    names = [f"sad/sparseness{basis}" for basis in ("_shared_rotation", "_independent_rotation", "")]
-    names.append("alignment/matched")
+    controls = [name for name in _CONTROLS if name != "permuted_pairing" or f"sad/sparseness_{name}" in dataset]
+    names = [*(f"sad/sparseness_{control}" for control in controls), "sad/sparseness", "alignment/matched"]
     require(dataset, *names, "singular_values", n_steps=2)
     measured = np.isfinite(read(dataset, "sad/sparseness", "step", "instance")).any(1)
     if measured.sum() >= 2:  # AttentionSparsity may measure every n-th step alone
@@ -447,8 +473,9 @@ def draw_sparsity_over_time(data: SparsityOverTime, *, x_axis: XAxis = "linear")
     """Lines over the training steps, S(v) above, alignment below; bands go from the lowest instance to the highest."""
     time = Steps(data.step, x_axis)
     drawn = _panels_over_steps(time, 0.54, data.n_singular)
-    for i, (colour, label) in enumerate((*_ROTATED, _SINGULAR, (BLUE, data.alignment_label))):
-        row, rank = (2 if i == 3 else 1), (1 if i == 2 else None)
+    for i, name in enumerate(data.metric):
+        colour, label = _look_of(name, data.alignment_label)
+        row, rank = (2 if name == "alignment/matched" else 1), (1 if name == "sad/sparseness" else None)
         time.band(drawn, data.lowest[i], data.highest[i], colour, name=f"{label}, range", row=row, col=1)
         time.line(drawn, data.mean[i], colour, label, width=2.5, row=row, col=1, legendrank=rank)
     drawn.update_yaxes(title_text="|cosine| of matched singular<br>vectors and features", row=2)
@@ -461,21 +488,52 @@ def draw_sparsity_over_time(data: SparsityOverTime, *, x_axis: XAxis = "linear")
     )
 
 
+def _look_of(name: str, alignment_label: str) -> tuple[str, str]:
+    """Colour and label of one of the metrics over time."""
+    if name == "alignment/matched":
+        return BLUE, alignment_label
+    return _CONTROLS.get(name.removeprefix("sad/sparseness_"), _SINGULAR)
+
+
 # ---- what they say ---------------------------------------------------------------------------------------------------
 
 _LOWER = (
-    "A lower S(v) is a sparser score: fewer singular pairs make it up. The rotated bases are what a basis gives that "
-    "is not the head's own."
+    "A lower S(v) is a sparser score: fewer singular pairs make it up. The controls are what a basis gives that is not "
+    "the head's own, and the head's own singular values with vectors that do not belong together."
 )
 
 
-def _ends(step: np.ndarray, curves: Sequence[np.ndarray]) -> list[Sentence | None]:
-    """Ends of the curves of S(v): in the singular basis, then in the rotated ones."""
-    labels = [label for _, label in (_SINGULAR, *_ROTATED)]
+def _ends(step: np.ndarray, labels: Sequence[str], curves: Sequence[np.ndarray]) -> list[Sentence | None]:
+    """Ends of the curves of S(v): in the singular basis, then under the controls."""
     return [
         from_to(f"S(v), {label}", step, curve, name=f"S(v), {label}")
         for label, curve in zip(labels, curves, strict=True)
     ]
+
+
+def _say_fig_7b(data: TaskHeads) -> list[Sentence | None]:
+    """Ends of the curves, and how many of all heads are sparser than their controls."""
+    labels = [_SINGULAR[1], *map(str, data.control)]
+    sentences = _ends(data.step, labels, (data.sparseness, *data.control_mean))
+    if data.shares:
+        sparser, denser = data.shares["sparser"], data.shares["denser"]
+        sentences.append(
+            Sentence(
+                f"Of all {data.n_heads:,} heads, {sparser:.1%} are sparser than every control at the last step, and "
+                f"{denser:.1%} are denser than one of them (each tested over templates; false discoveries: "
+                f"{LEVEL:.1%}).",
+                {"heads": data.n_heads, "sparser": sparser, "denser": denser, "false discoveries": LEVEL},
+                bool(sparser > denser),
+            )
+        )
+    return sentences
+
+
+def _say_over_time(data: SparsityOverTime) -> list[Sentence | None]:
+    """Ends of the curves of S(v)."""
+    names = ["sad/sparseness", *(name for name in data.metric if name.startswith("sad/sparseness_"))]
+    rows = [data.metric.tolist().index(name) for name in names]
+    return _ends(data.step, [_look_of(name, "")[1] for name in names], list(data.mean[rows]))
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -495,10 +553,10 @@ fig_7b = figure(
     "fig_7b",
     prepare_fig_7b,
     draw_fig_7b,
-    description="S(v) of the task's heads over training, with rotated controls",
+    description="S(v) of the task's heads over training, with its controls",
     paper="Fig. 7b",
     see=f"{_LOWER} Below: attention on the key, and the model's accuracy.",
-    says=lambda data: _ends(data.step, (data.sparseness, *data.rotated_mean)),
+    says=_say_fig_7b,
     view="replay",
 )
 sparsity_over_time = figure(
@@ -508,5 +566,5 @@ sparsity_over_time = figure(
     description="S(v) of the toy model over training",
     paper="beyond the paper",
     see=f"{_LOWER} Below: the alignment of singular vectors at the same steps.",
-    says=lambda data: _ends(data.step, (data.mean[len(_ROTATED)], *data.mean[: len(_ROTATED)])),
+    says=_say_over_time,
 )

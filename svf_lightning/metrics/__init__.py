@@ -23,6 +23,7 @@ from svf_lightning.metrics.geometry import (
     share_in_span,
     unit_features,
 )
+from svf_lightning.metrics.head_tests import HeadTests, compare_heads, sign_flip_p
 from svf_lightning.metrics.intervals import (
     Interval,
     mean_interval,
@@ -42,6 +43,7 @@ from svf_lightning.metrics.sparsity import (
 from svf_lightning.metrics.spectrum import n_significant, sigma_ratio, stable_rank
 
 __all__ = [
+    "HeadTests",
     "InstanceMean",
     "Interval",
     "PairAlignment",
@@ -51,6 +53,7 @@ __all__ = [
     "SparsityOverPairs",
     "align_pairs",
     "attended_vs_rest",
+    "compare_heads",
     "contribution_order",
     "cosine_matrix",
     "degrees_from_orthogonal",
@@ -75,6 +78,7 @@ __all__ = [
     "share_served",
     "shrunk_covariance",
     "sigma_ratio",
+    "sign_flip_p",
     "signed_cosine_matrix",
     "sparseness",
     "spearman",

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.probes import parts
+from helpers.replays import replay
 from helpers.training import train
+from scipy.stats import false_discovery_control, permutation_test
 
 from svf_lightning.callbacks import AttentionSparsity, Capture, TrajectoryWriter
 from svf_lightning.errors import InputError
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.metrics import n_recon, relative_attention, sparseness
 from svf_lightning.probe import Probe
+from svf_lightning.replay import FolderCheckpoints
 from svf_lightning.toy import ToyData
 from svf_lightning.trajectory import open_trajectory
 
@@ -239,3 +242,41 @@ def test_scores_are_relative_or_raw_and_reached_as_far_as_asked_for(scores, shar
     few = found["prompt/n_recon_at_most_4_rotated"][0]
     assert set(few.flatten().tolist()) <= {0, 0.5, 1}  # a share of two draws
     torch.testing.assert_close(found["sad/n_recon_at_most_4_rotated"][0], few.nanmean(-1))
+
+
+def test_each_head_is_tested_against_every_control_over_templates_and_corrected_over_heads(suite, tmp_path):
+    rows = replay(FolderCheckpoints(str(suite), steps=[8]), tmp_path, n_prompts=48, batch_size=20).isel(step=-1)
+    index = np.unique(rows.prompt_template.values, return_inverse=True)[1]
+    assert len(np.unique(index)) == 16
+
+    def of_templates(name):
+        values = rows[f"prompt/{name}"].values.astype(float).reshape(6, 48)
+        return np.stack([values[:, index == k].mean(1) for k in range(16)], axis=1)
+
+    own = of_templates("sparseness")
+    kinds = ("shared_rotation", "independent_rotation", "permuted_pairing")
+    controls = np.stack([of_templates(f"sparseness_{kind}") for kind in kinds])
+
+    def p_of(differences):
+        test = permutation_test(
+            (differences,), lambda x, axis: x.mean(axis), permutation_type="samples", vectorized=True,
+            n_resamples=np.inf, alternative="greater", axis=-1,
+        )  # fmt: skip
+        return test.pvalue
+
+    expected = {
+        "sparser": false_discovery_control(p_of(controls - own).max(0)),
+        "denser": false_discovery_control(np.minimum(1, 3 * p_of(own - controls).min(0))),
+    }
+    for way, p in expected.items():
+        np.testing.assert_allclose(rows[f"sad/p_{way}"].values.ravel(), p, rtol=1e-3)
+        np.testing.assert_array_equal(rows[f"sad/{way}"].values.ravel(), p <= 0.05)
+    assert rows["sad/sparser"].dims == ("layer", "head")
+    assert np.isfinite(rows["sad/denser"]).all()
+
+
+def test_of_few_templates_no_head_is_tested(suite, tmp_path):
+    rows = replay(FolderCheckpoints(str(suite), steps=[8]), tmp_path, n_prompts=4)
+    assert len(np.unique(rows.prompt_template)) == 4
+    for name in ("sad/sparser", "sad/denser", "sad/p_sparser"):
+        assert np.isnan(rows[name]).all()

@@ -52,6 +52,9 @@ def synthetic():
         "singular_values": ((*heads, "rank"), np.sort(rng.uniform(0.1, 9, (T, L, H, R)))[..., ::-1]),
         "draw/shared": ((*heads, "draw"), rng.uniform(0.3, 0.5, (T, L, H, N_DRAWS))),
         "draw/independent": ((*heads, "draw"), rng.uniform(0.2, 0.4, (T, L, H, N_DRAWS))),
+        "draw/permuted": ((*heads, "draw"), rng.uniform(0.1, 0.3, (T, L, H, N_DRAWS))),
+        "sad/sparser": (heads, rng.integers(0, 2, (T, L, H)) / 1.0),
+        "sad/denser": (heads, rng.integers(0, 2, (T, L, H)) / 1.0),
         "task/layer_head": (("step", "task_head"), task.astype(np.int32)),
         "sad/accuracy": ("step", rng.uniform(size=T)),
         "causal/attention": (("step", "n_removed", "kind", "prompt"), rng.normal(size=(T, N_REMOVED, 3, P))),
@@ -117,7 +120,8 @@ def with_firings(run):
 def toy():
     """A run of the toy model."""
     rng = np.random.default_rng(1)
-    names = ("sparseness", "sparseness_shared_rotation", "sparseness_independent_rotation")
+    controls = ("shared_rotation", "independent_rotation", "permuted_pairing")
+    names = ("sparseness", *(f"sparseness_{control}" for control in controls))
     scalars = {f"sad/{name}": (("step", "instance"), rng.uniform(0.1, 0.6, (T, N_I))) for name in names}
     scalars["alignment/matched"] = (("step", "instance"), rng.uniform(size=(T, N_I)))
     sigma = (("step", "instance", "rank"), rng.uniform(size=(T, N_I, R)))

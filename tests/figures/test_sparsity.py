@@ -42,7 +42,12 @@ def run():
     return synthetic()
 
 
-SPARSENESS_NAMES = ["sad/sparseness_shared_rotation", "sad/sparseness_independent_rotation", "sad/sparseness"]
+SPARSENESS_NAMES = [
+    "sad/sparseness_shared_rotation",
+    "sad/sparseness_independent_rotation",
+    "sad/sparseness_permuted_pairing",
+    "sad/sparseness",
+]
 
 
 def of_instances(run):
@@ -55,9 +60,16 @@ def of_task(run, name):
     return np.stack([run[name].values[:, layer, head] for layer, head in TASK], axis=1)
 
 
+CONTROLS = {
+    "draw/shared": "shared rotation",
+    "draw/independent": "independent rotation",
+    "draw/permuted": "permuted pairing",
+}
+
+
 def of_draws(run):
-    """S(v) in rotated bases, mean of the task's heads [rotation, step, draw]."""
-    return np.stack([of_task(run, name).mean(1) for name in ("draw/shared", "draw/independent")])
+    """S(v) under the controls, mean of the task's heads [control, step, draw]."""
+    return np.stack([of_task(run, name).mean(1) for name in CONTROLS])
 
 
 def groups(run, name):
@@ -96,7 +108,8 @@ def test_every_figure_names_its_axes_and_what_it_was_drawn_from(name):
     assert figure.layout.title.text
     subtitle = figure.layout.title.subtitle.text
     assert ("step 100" if name == "interventions" else "700") in subtitle  # the last one that was measured
-    for part in ("3 instances",) if name == "sparsity_over_time" else ("5 layers", "11 heads", "prompts"):
+    parts = {"sparsity_over_time": ("3 instances",), "unwhitening": ("5 layers", "11 heads", "tokens")}
+    for part in parts.get(name, ("5 layers", "11 heads", "prompts")):
         assert part in subtitle
     titles = [
         [figure.layout[f"{letter}axis{(t[f'{letter}axis'] or letter)[1:]}"].title.text for letter in "xy"]
@@ -231,7 +244,7 @@ def test_the_table_of_every_figure_has_a_row_for_each_number(name):
         ("fig_7b", "sparseness_each", ["step", "head"], lambda run: of_task(run, "prompt/sparseness").mean(2)),
         ("fig_7b", "attention_each", ["step", "head"], lambda run: of_task(run, "prompt/attention").mean(2)),
         ("fig_7b", "sparseness", ["step"], lambda run: of_task(run, "prompt/sparseness").mean((1, 2))),
-        ("fig_7b", "rotated_highest", ["rotation", "step"], lambda run: of_draws(run).max(2)),
+        ("fig_7b", "control_highest", ["control", "step"], lambda run: of_draws(run).max(2)),
         ("fig_8", "share", ["group", "rank"], lambda run: [histogram(n, range(R)) for n in groups(run, "top_index")]),
         ("fig_8", "n_scores", ["group"], lambda run: [len(n) for n in groups(run, "top_index")]),
         ("fig_8", "share_in_last_eighth", ["group"], lambda run: [np.mean(n >= R - 2) for n in groups(run, "top_index")]),
@@ -287,7 +300,7 @@ def test_the_table_names_steps_heads_and_singular_indices_as_the_figure_does():
     )
     assert set(over_steps["step"].dropna()) == set(STEPS)
     assert set(over_steps["head"].dropna()) == {"L4H2", "L0H9"}
-    assert set(over_steps["rotation"].dropna()) == {"shared rotation", "independent rotation"}
+    assert set(over_steps["control"].dropna()) == set(CONTROLS.values())
     assert set(of_one["rank"]) == set(range(1, R + 1))
     assert set(of_toy["metric"]) == {*SPARSENESS_NAMES, "alignment/matched"}
 
@@ -387,15 +400,39 @@ def test_fig_7b_follows_the_heads_of_the_last_step_through_training(run):
     assert "7 checkpoints, steps 0 to 700" in figure.layout.title.subtitle.text
 
 
-def test_fig_7b_has_the_mean_and_the_range_of_the_rotations_of_these_heads(run):
+def test_fig_7b_has_the_mean_and_the_range_of_the_controls_of_these_heads(run):
     figure = fig_7b(run)
-    for name, text in (("draw/shared", "shared rotation"), ("draw/independent", "independent rotation")):
+    for name, text in CONTROLS.items():
         draws = np.mean([run[name].isel(layer=layer, head=head).values for layer, head in TASK], axis=0)
         np.testing.assert_allclose(named(figure, text).y, draws.mean(1))
         low, high = polygon(named(figure, f"{text}, range"))
         np.testing.assert_allclose(low, draws.min(1))
         np.testing.assert_allclose(high, draws.max(1))
         assert named(figure, text).line.color != named(figure, "singular basis").line.color
+
+
+def test_fig_7b_of_an_earlier_version_has_two_controls_and_no_test_of_heads(run):
+    old = run.drop_vars(["draw/permuted", "sad/sparser", "sad/denser"])
+    assert fig_7b.data(old).control.tolist() == ["shared rotation", "independent rotation"]
+    assert len(fig_7b.sentences(old)) == 3
+
+
+@pytest.mark.parametrize(("sparser", "denser", "happened"), [(7, 2, True), (2, 7, False), (0, 0, False)])
+def test_fig_7b_says_how_many_heads_are_sparser_than_every_control_and_how_many_denser_than_one(
+    sparser, denser, happened, run
+):
+    values = {"sad/sparser": np.arange(L * H) < sparser, "sad/denser": np.arange(L * H) >= L * H - denser}
+    found = {name: np.tile(each.reshape(L, H).astype(float), (T, 1, 1)) for name, each in values.items()}
+    for each in found.values():
+        each[:, 2, 2] = np.nan  # a head that could not be tested
+    changed = run.assign({name: (("step", "layer", "head"), each) for name, each in found.items()})
+    sentence = fig_7b.sentences(changed)[-1]
+    n = L * H - 1
+    assert sentence.text.startswith(
+        f"Of all {n} heads, {sparser / n:.1%} are sparser than every control at the last step, and {denser / n:.1%} are"
+    )
+    assert sentence.happened is happened
+    assert len(fig_7b.sentences(run.assign({"sad/sparser": changed["sad/sparser"] * np.nan}))) == 4
 
 
 def test_fig_7b_has_a_log_axis_with_step_0_unless_told_otherwise(run):
@@ -632,6 +669,7 @@ def test_sparsity_over_time_has_the_mean_and_the_range_of_the_instances():
         ("sad/sparseness", "singular basis", "x"),
         ("sad/sparseness_shared_rotation", "shared rotation", "x"),
         ("sad/sparseness_independent_rotation", "independent rotation", "x"),
+        ("sad/sparseness_permuted_pairing", "permuted pairing", "x"),
         ("alignment/matched", "alignment of singular vectors", "x2"),
     ):
         values = run[name].values
@@ -641,6 +679,15 @@ def test_sparsity_over_time_has_the_mean_and_the_range_of_the_instances():
         np.testing.assert_array_equal(high, values.max(1))
     assert "1/17" in figure.layout.yaxis.title.text
     assert sparsity_over_time(run, x_axis="log").layout.xaxis2.type == "log"
+
+
+def test_sparsity_over_time_of_an_earlier_version_has_no_permuted_pairing():
+    old = toy().drop_vars("sad/sparseness_permuted_pairing")
+    assert not [t for t in sparsity_over_time(old).data if t.name == "permuted pairing"]
+    assert len(sparsity_over_time.sentences(old)) == 3
+    assert [one.text.split(":")[0] for one in sparsity_over_time.sentences(toy())] == [
+        "S(v), singular basis", "S(v), shared rotation", "S(v), independent rotation", "S(v), permuted pairing",
+    ]  # fmt: skip
 
 
 def test_sparsity_over_time_leaves_out_an_instance_that_diverged():
