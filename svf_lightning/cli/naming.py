@@ -2,6 +2,7 @@
 
 Name and claims of a configuration are about the model and the prompts of that configuration. Where another one, or the
 command line, has another model measured, or other prompts, the run gets that model's name, and the claims are left out.
+They are judged all the same where only the seed of a training is another one.
 What the command line says of name and claims themselves stays.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from svf_lightning.errors import InputError
 
+_Aspect = Literal["identity", "subject"]
 _IOI = "ioi"  # the prompts that need no file; svf_lightning.replay is imported when a replay begins
 _LONGEST = 64  # characters of a name, which is also that of a folder
 
@@ -54,7 +56,7 @@ def name_by_what_is_measured(
         changes.append(f"the run is named {experiment.name}")
     if of_claims and experiment.claims == of_claims.experiment.claims and "--experiment.claims" not in options:
         n = len(experiment.claims)
-        if n and _difference(config.data, of_claims.data):
+        if n and _difference(config.data, of_claims.data, of="subject"):
             experiment.claims = []
             changes.append(f"{n} claims about {of_claims.experiment.name} are not judged")
     if not changes or of_name is None:
@@ -76,24 +78,30 @@ def _up_to_the_one_that_says(key: str, files: Sequence[str]) -> list[str]:
     return list(files[:last])
 
 
-def _difference(data: Namespace, other: Namespace | None) -> str:
+def _difference(data: Namespace, other: Namespace | None, of: _Aspect = "identity") -> str:
     """In what the measured differs: "another model", "other prompts", or an empty string."""
-    if other is None or not _is_same_source(data.source, other.source):
+    if other is None or not _is_same_source(data.source, other.source, of):
         return "another model"
     return "other prompts" if data.prompts != other.prompts else ""
 
 
-def _is_same_source(one: Namespace, other: Namespace) -> bool:
-    """Whether two sources have the same model; which of its checkpoints does not matter."""
+def _is_same_source(one: Namespace, other: Namespace, of: _Aspect) -> bool:
+    """Whether two sources have the same model; which of its checkpoints does not matter.
+
+    Args:
+        one: Settings of a source.
+        other: Those of another one.
+        of: "identity", or what claims are about ("subject"): trainings of other seeds are the same then.
+    """
     if one == other:
         return True
     if one.class_path != other.class_path:
         return False
     try:
-        expected = _source(other).identity()
+        expected = getattr(_source(other), of)()
     except InputError:  # as for a package that is not installed, and not asked for any more
         return False
-    return bool(_source(one).identity() == expected)
+    return bool(getattr(_source(one), of)() == expected)
 
 
 def _source(settings: Namespace) -> Any:

@@ -82,6 +82,10 @@ class CheckpointSource(ABC):
     def identity(self) -> dict[str, str]:
         """What decides, beside steps and weight hashes, whether two runs look at the same thing. No machine's paths."""
 
+    def subject(self) -> dict[str, str]:
+        """What claims are about, of its identity: all of it, but for what chance decides, such as a seed."""
+        return self.identity()
+
     def model_name(self) -> str:
         """What to call the model: a run is named by what it measured. For most sources a part of the identity."""
         return self.identity().get("name") or type(self).__name__

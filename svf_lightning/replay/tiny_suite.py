@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,8 @@ from svf_lightning.replay.suite import SuiteSettings, train_suite
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_FOLDER = "runs/suites/tiny"
+
 
 class TinySuite(CheckpointSource):
     """A small GPT-NeoX trained on IOI text, with its checkpoints at Pythia-like steps.
@@ -21,14 +23,15 @@ class TinySuite(CheckpointSource):
     Trained into ``folder`` if it is not there yet (one to two minutes on two cores); kept for the next call.
 
     Args:
-        folder: Where the suite is, or will be.
+        folder: Where the suite is, or will be; null for runs/suites/tiny, with those settings in its name that are not
+            the default ones.
         steps: Which of its checkpoints: "all", "log", "every_<N>th", "last", or a list of steps.
         settings: Sizes and training of the suite.
     """
 
     def __init__(
         self,
-        folder: str = "runs/suites/tiny",
+        folder: str | None = None,
         steps: str | list[int] = "all",
         settings: SuiteSettings = SuiteSettings(),  # noqa: B008 (frozen)
     ) -> None:
@@ -39,11 +42,18 @@ class TinySuite(CheckpointSource):
         """Its settings, which decide its weights."""
         return {"kind": "tiny_suite", "settings": repr(self.settings)}
 
+    def subject(self) -> dict[str, str]:
+        """Its settings without the seed."""
+        return {"kind": "tiny_suite", "settings": repr(replace(self.settings, seed=0))}
+
     def model_name(self) -> str:
         """The suite's name, with those settings that are not the default ones."""
+        return "_".join(["tiny_suite", *self._changed])
+
+    @property
+    def _changed(self) -> list[str]:
         default = asdict(SuiteSettings())
-        changed = [f"{name}={value}" for name, value in asdict(self.settings).items() if value != default[name]]
-        return "_".join(["tiny_suite", *changed])
+        return [f"{name}={value}" for name, value in asdict(self.settings).items() if value != default[name]]
 
     def config(self) -> PretrainedConfig | None:
         """That of the first checkpoint."""
@@ -71,6 +81,7 @@ class TinySuite(CheckpointSource):
 
     def _trained(self) -> FolderCheckpoints:
         if self._checkpoints is None:
-            train_suite(self.folder, self.settings)
-            self._checkpoints = FolderCheckpoints(self.folder, self.steps)
+            folder = self.folder or "_".join([_FOLDER, *self._changed])
+            train_suite(folder, self.settings)
+            self._checkpoints = FolderCheckpoints(folder, self.steps)
         return self._checkpoints

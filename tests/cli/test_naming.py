@@ -56,24 +56,29 @@ HUB = "--data.source.init_args.repo="
 @pytest.mark.parametrize(
     ("args", "name", "claims"),
     [
-        ((), "tiny_suite", 18),
-        (("--data.n_prompts=9", "--data.source.init_args.steps=[0]"), "tiny_suite", 18),
-        (("--data.source.init_args.folder=elsewhere",), "tiny_suite", 18),  # the same suite in another place
-        (("--data.source.init_args.settings.seed=3",), "tiny_suite_seed=3", 0),
+        ((), "tiny_suite", 19),
+        (("--data.n_prompts=9", "--data.source.init_args.steps=[0]"), "tiny_suite", 19),
+        (("--data.source.init_args.folder=elsewhere",), "tiny_suite", 19),  # the same suite in another place
+        (
+            ("--data.source.init_args.settings.seed=3",),
+            "tiny_suite_seed=3",
+            19,
+        ),  # of another seed, for which the claims hold or do not
+        (("--data.source.init_args.settings.n_heads=2",), "tiny_suite_n_heads=2", 0),
         (FOLDER, "my_model", 0),
         (("--data.prompts=mine.jsonl",), "tiny_suite_mine", 0),
         ((*FOLDER, "--data.prompts=mine.jsonl"), "my_model_mine", 0),
         ((*FOLDER, "--experiment.name=chosen"), "chosen", 0),
         ((*FOLDER, "--experiment.claims=[]"), "my_model", 0),
-        (("--config=gpt2",), "gpt2", 11),
+        (("--config=gpt2",), "gpt2", 12),
         (("--config=gpt2", f"{HUB}distilgpt2"), "distilgpt2", 0),
-        (("--config=pythia_160m", "--data.source.init_args.revisions=all"), "pythia_160m", 12),
+        (("--config=pythia_160m", "--data.source.init_args.revisions=all"), "pythia_160m", 13),
         (("--config=pythia_160m", f"{HUB}EleutherAI/pythia-410m"), "pythia-410m", 0),
         (("--config=smollm2", *FOLDER), "my_model", 0),
         (("--data.prompts=ioi_wang",), "tiny_suite_ioi_wang", 0),
-        (("--config=paper_gpt2",), "paper_gpt2", 5),
+        (("--config=paper_gpt2",), "paper_gpt2", 6),
         (("--config=paper_gpt2", "--data.prompts=ioi"), "paper_gpt2", 0),
-        (("--config=paper_pythia_160m", "--data.source.init_args.revisions=all"), "paper_pythia_160m", 6),
+        (("--config=paper_pythia_160m", "--data.source.init_args.revisions=all"), "paper_pythia_160m", 7),
     ],
 )
 def test_name_and_claims_belong_to_the_model_and_the_prompts_of_the_preset(experiment_of, args, name, claims):
@@ -131,7 +136,7 @@ def test_the_command_files_a_model_of_ones_own_under_its_name(suite, command, ty
     assert result.returncode == 0, result.stderr
     run_dir = command.folder / result.stdout.strip().splitlines()[-1]
     assert run_dir.parent.name == "my_named_model"
-    assert "18 claims about tiny_suite are not judged" in result.stderr
+    assert "19 claims about tiny_suite are not judged" in result.stderr
     summary = read_summary(run_dir)
     assert (summary["experiment"], summary["claims"]) == ("my_named_model", [])
     page = (run_dir / "report.html").read_text()
