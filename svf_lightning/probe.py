@@ -52,6 +52,9 @@ class AttendedScores:
         logit_difference: Next-token logit of the right answer minus that of the wrong one [n] (optional).
         raw_key: As ``key``, of the key itself in place of ``s~`` [..., n, R] (optional).
         raw_direction: As ``direction``, of the key itself [..., n, R] (optional).
+        bias: What biases add to the relative score beside the singular pairs, if they are no part of them [..., n]
+            (optional).
+        raw_bias: The same of the raw score [..., n] (optional).
     """
 
     query: Float[Tensor, "... n R"]
@@ -63,6 +66,8 @@ class AttendedScores:
     logit_difference: Float[Tensor, " n"] | None = None
     raw_key: Float[Tensor, "... n R"] | None = None
     raw_direction: Float[Tensor, "... n R"] | None = None
+    bias: Float[Tensor, "... n"] | None = None
+    raw_bias: Float[Tensor, "... n"] | None = None
 
     def taken(self, scores: Scores) -> AttendedScores:
         """The same with ``key`` and ``direction`` of relative scores ("relative", as they are) or of raw ones ("raw").
@@ -76,7 +81,7 @@ class AttendedScores:
             raise bad_value(
                 "scores", scores, "'relative' for a module that shows no raw scores", "scores=relative, or a replay"
             )
-        return replace(self, key=self.raw_key, direction=self.raw_direction)
+        return replace(self, key=self.raw_key, direction=self.raw_direction, bias=self.raw_bias)
 
     def at_steps(self, chosen: Bool[Tensor, " K"]) -> AttendedScores:
         """Scores of some of the K steps that the first dimension counts."""

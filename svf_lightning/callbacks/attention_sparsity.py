@@ -154,6 +154,12 @@ class AttentionSparsity(ProbeMetric):
             "Largest difference of decomposed scores from the model's own, relative to the largest score.",
             low=0, better="lower", logged="mean", source="method, section 5",
         ),
+        Quantity(
+            "sad/score_of_biases", "relative score, what biases add",
+            "What biases add to the score beside the singular pairs, where they are no part of them; mean.",
+            unit="nats", logged="mean", source="method, section 6", gaps=True,
+            needs="a language model whose heads have biases, and --model.biases=separate",
+        ),
         *_OF_TASK,
         *_ATTENDING,
         *(
@@ -236,6 +242,7 @@ class AttentionSparsity(ProbeMetric):
         self._metric()  # raises if n_draws or recon_share is out of range
         self._seen: SparseAttention | None = None
         self._errors: list[Tensor] = []
+        self._of_biases: list[Tensor] = []
         self._logit_differences: list[Tensor] = []
 
     def observe(self, probe: Probe) -> None:
@@ -249,6 +256,8 @@ class AttentionSparsity(ProbeMetric):
         _update(self._seen, scores)
         if scores.error is not None:
             self._errors.append(scores.error)
+        if scores.bias is not None:
+            self._of_biases.append(scores.bias)
         if scores.logit_difference is not None:
             self._logit_differences.append(scores.logit_difference)
 
@@ -273,6 +282,8 @@ class AttentionSparsity(ProbeMetric):
         measured = self._of_heads(seen, rank)
         if self._errors:
             measured["sad/score_error"] = torch.stack(self._errors).amax(0)
+        if self._of_biases:
+            measured["sad/score_of_biases"] = torch.cat(self._of_biases, -1).nanmean(-1)
         templates = templates_of(probe, seen.score.shape[-1])
         if seen.attention is not None:
             measured |= self._of_the_task(seen, rank, templates)
@@ -284,7 +295,7 @@ class AttentionSparsity(ProbeMetric):
             measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
             if self.keep_prompts:
                 measured["prompt/logit_difference"] = difference
-        self._seen, self._errors, self._logit_differences = None, [], []
+        self._seen, self._errors, self._of_biases, self._logit_differences = None, [], [], []
         return {name: value[None] for name, value in measured.items()}
 
     def _metric(self) -> SparseAttention:

@@ -121,7 +121,7 @@ class DirectionIntervention(ProbeMetric):
         InputError: An option out of range.
     """
 
-    needs = "a language model (not with rope_basis=fixed, whose singular vectors belong to no input of a head)"
+    needs = "a language model (with its default conventions: else singular vectors belong to no input of a head)"
     quantities = tuple(_declared())
 
     def __init__(

@@ -10,6 +10,14 @@ That is ``rope_basis="offset"``. With "fixed" (its authors' code of 2026) a head
 ``Omega = W_Q^T W_K / sqrt(H)``, and positions are moved into the tokens: ``x~_p = W_Q^+ M_p W_Q x_p`` and
 ``y~_j = W_K^+ M_j W_K x_j``, so that ``x~_p^T Omega y~_j`` is the same score. Both are exact; which singular pairs make
 up a score differs.
+
+What is said of biases is ``biases="appended"``: ``Omega = [W_Q b_Q]^T [W_K b_K]`` of tokens with a 1. Two others leave
+them out of Omega, so that its singular vectors are directions of the residual stream and nothing else. "pseudo_inverse"
+moves them into the tokens, as ``x + W_Q^+ b_Q`` and ``y + W_K^+ b_K``: ``W_Q (x + W_Q^+ b_Q) = W_Q x + b_Q`` for a head
+of full rank, so the score is the same. "separate" gives singular pairs the part ``(W_Q x)^T M_p^T M_j W_K y`` alone.
+The rest, ``(W_Q x)^T M b_K + b_Q^T M W_K y + b_Q^T M b_K`` with ``M = M_p^T M_j``, is kept beside it. In a relative
+score only ``b_Q^T W_K s~`` is left of it where keys are not rotated; where they are, M depends on the key and nothing
+cancels. Which of the three the authors of the papers take is not known here.
 """
 
 from __future__ import annotations
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 RopeBasis = Literal["offset", "fixed"]
+Biases = Literal["appended", "separate", "pseudo_inverse"]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 _KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
@@ -122,18 +131,26 @@ class HeadSpace:
     Args:
         bridge: A ``TransformerBridge``; the factors are those of its weights and processing at this moment.
         rope_basis: With rotary positions: "offset", a basis for each offset of query and key, or "fixed", one for all.
+        biases: "appended" (one more coordinate), "separate" (beside the singular pairs), or "pseudo_inverse" (moved
+            into the tokens); :attr:`heads` has biases with the first alone.
 
     Raises:
-        InputError: The model's scores are no bilinear form of the residual stream, or there is no such basis, or
-            "fixed" with a head whose W_Q or W_K has no full rank.
+        InputError: The model's scores are no bilinear form of the residual stream, or there is no such option, or
+            "fixed" or "pseudo_inverse" with a head whose W_Q or W_K has no full rank.
         CheckpointError: Weights beyond the range of their dtype.
     """
 
-    def __init__(self, bridge: TransformerBridge, *, rope_basis: RopeBasis = "offset") -> None:
+    def __init__(
+        self, bridge: TransformerBridge, *, rope_basis: RopeBasis = "offset", biases: Biases = "appended"
+    ) -> None:
         check_rope_basis(rope_basis)
+        check_biases(biases)
         self.bridge = bridge
         attentions = bridge_attentions(bridge)
-        self.heads = heads = _at_least_float32(AttentionHeads.from_bridge(bridge))
+        heads = _at_least_float32(AttentionHeads.from_bridge(bridge))
+        is_outside = biases != "appended" and heads.has_bias
+        b_Q, b_K = (None if b is None or not is_outside else b.double() for b in (heads.b_Q, heads.b_K))
+        self.heads = heads = replace(heads, b_Q=None, b_K=None) if is_outside else heads
         self.n_layers, self.n_heads, self.d_head = heads.W_Q.shape[:3]
         self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.has_bias)
         self._repeats = self.n_heads // bridge.W_K.shape[1]
@@ -156,22 +173,40 @@ class HeadSpace:
         self._A_q, self._A_k = A  # [layer, head, H, H] and [layer, key_head, H, H], float64
         self._to_key = torch.linalg.pinv(self._A_k.mT)  # coordinates of a key in Q_k, from its key vector
         self.is_fixed = self._is_rotary and rope_basis == "fixed"
-        if self.is_fixed:
-            self._check_full_rank()
-            self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
+        moves_biases = is_outside and biases == "pseudo_inverse"
+        for is_asked, name, value, fix in (
+            (self.is_fixed, "rope_basis", "fixed", "--model.rope_basis=offset"),
+            (moves_biases, "biases", "pseudo_inverse", "--model.biases=appended"),
+        ):
+            if is_asked:
+                self._check_full_rank(name, value, fix)
+        self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
+        # biases that no factor holds [layer, head, H]; of keys, one for each key head
+        zeros = self._A_q.new_zeros(self._A_q.shape[:-1])
+        self._b_Q = zeros if b_Q is None else b_Q
+        self._b_K = (zeros if b_K is None else b_K)[:, :: self._repeats]
+        self.is_separate = is_outside and biases == "separate"
+        self._has_own_inputs = self.is_fixed or is_outside
         self._bases: OrderedDict[int, HeadSVD] = OrderedDict()
         self._head_bases: OrderedDict[tuple[int, int, int], HeadSVD] = OrderedDict()
 
-    def _check_full_rank(self) -> None:
-        """Raises InputError for a factor without an inverse: a rotated query or key may leave its range."""
+    @property
+    def reads_inputs(self) -> bool:
+        """True if singular vectors are directions of what heads read, and not of tokens that something was moved into.
+
+        A direction can be taken out of what a head reads only then; biases apart would need a form of their own.
+        """
+        return not self._has_own_inputs
+
+    def _check_full_rank(self, option: str, value: str, fix: str) -> None:
+        """Raises InputError for a factor without an inverse: a rotated query or key, or a bias, may leave its range."""
         for name, factors in (("W_Q", self._A_q), ("W_K", self._A_k)):
             sigma = torch.linalg.svdvals(factors)
             flawed = ~(sigma[..., -1] > _FULL_RANK * sigma[..., 0])
             if bool(flawed.any()):
                 layer, head = flawed.nonzero()[0].tolist()
                 raise bad_value(
-                    "rope_basis", "fixed", f"heads of full rank ({name} of head {head} in layer {layer} is not)",
-                    "--model.rope_basis=offset",
+                    option, value, f"heads of full rank ({name} of head {head} in layer {layer} is not)", fix
                 )  # fmt: skip
 
     # ---- forward pass ----------------------------------------------------------------------------------------------
@@ -362,10 +397,15 @@ class HeadSpace:
             x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         a = torch.einsum("bnd,hdi->bnhi", x, self._Q_q[layer])[prompt, query, head].double()
         cos = sin = None
-        rotated = keys
         if "cos" in kept:  # a layer without positions (NoPE) has none
             cos, sin = kept["cos"][0], kept["sin"][0]
-            rotated = rotate(keys, cos[:, None], sin[:, None], layout=self.layout)
+
+        def in_place(vectors: Tensor) -> Tensor:
+            """Keys as the scores see them."""
+            if cos is None or sin is None:
+                return vectors
+            return rotate(vectors, cos[:, None], sin[:, None], layout=self.layout)
+
         is_alone = (n_keys == 1)[query][:, None]
         others = (n_keys[query] - 1)[:, None]
 
@@ -377,12 +417,15 @@ class HeadSpace:
             relative = (of_key - (total - of_key) / others).masked_fill(is_alone, torch.nan)
             return torch.stack([relative, of_key], dim=1)
 
-        seen = at_key(rotated)
+        whole = at_key(in_place(keys))
+        keys = keys - self._b_K[layer].to(keys) if self.is_separate else keys
+        seen = seen_there = at_key(in_place(keys)) if self.is_separate else whole
         direction = seen if cos is None or self.is_fixed else at_key(keys)
+        A_q, to_key = self._A_q[layer], self._to_key[layer]
+        shift = torch.einsum("hij,hj->hi", self._to_query[layer], self._shift_of(self._b_Q[layer]))
         if cos is not None and sin is not None and not self.is_fixed:  # relative to the query
             at = [part[query][:, None].double() for part in (cos, sin)]
             seen = rotate(seen, *at, layout=self.layout, transpose=True)
-        A_q, to_key = self._A_q[layer], self._to_key[layer]
         offset = key - query if cos is not None and not self.is_fixed else torch.zeros_like(key)
         n = len(position)
         codes, member = torch.unique(head * n - offset, return_inverse=True)
@@ -393,18 +436,28 @@ class HeadSpace:
         own_size = own.masked_fill(~is_key, 0).abs().amax()
         rebuilt = seen.new_empty(len(head))
         usual = seen.new_empty(len(head))
+        of_biases = seen.new_zeros(len(head), 2)
         for code, members, basis in zip(codes.tolist(), order.split(sizes), bases, strict=True):
             h = code // n
             U, S, V = (part.double() for part in basis)
-            of_query = a[members]
-            q = of_query @ A_q[h] * self.heads.scale
-            usual[members] = q.norm(dim=-1) * seen[members, 1].norm(dim=-1) / self.d_head**0.5
-            if self.is_fixed and cos is not None and sin is not None:
-                at = [part[query[members]].double() for part in (cos, sin)]
-                of_query = rotate(of_query @ A_q[h], *at, layout=self.layout) @ self._to_query[layer, h].mT
+
+            def turned(vectors: Tensor, members: Tensor = members) -> Tensor:
+                """Query vectors as the scores see them."""
+                if cos is None or sin is None:
+                    return vectors
+                return rotate(vectors, *(part[query[members]].double() for part in (cos, sin)), layout=self.layout)
+
+            own_q = a[members] @ A_q[h]
+            q = own_q + self._b_Q[layer, h]
+            usual[members] = (q * self.heads.scale).norm(dim=-1) * whole[members, 1].norm(dim=-1) / self.d_head**0.5
+            if self.is_separate:
+                of_biases[members] = self._of_biases(turned(q), turned(own_q), whole[members], seen_there[members])
+            of_query = a[members] + shift[h]
+            if self.is_fixed:
+                of_query = turned(of_query @ A_q[h]) @ self._to_query[layer, h].mT
             left = of_query @ U
             z = seen[members] @ (A_q[h].mT * self.heads.scale) @ U
-            rebuilt[members] = (left * z[:, 1]).sum(-1)
+            rebuilt[members] = (left * z[:, 1]).sum(-1) + of_biases[members, 1]
             v = direction[members] @ to_key[h // self._repeats].mT @ V
             values = (left, z[:, 0], v[:, 0], S.expand_as(left), z[:, 1], v[:, 1])
             for name, value in zip(_COORDINATES, values, strict=True):
@@ -418,7 +471,9 @@ class HeadSpace:
         if bool(beyond.any()):
             worst = int(torch.where(beyond, off, 0.0).argmax())
             raise _off(layer, int(head[worst]), float(off[worst] / own_size), own.dtype)
-        scores = AttendedScores(**parts, attention=pattern[prompt, head, query, key].float())
+        scores = AttendedScores(
+            **parts, attention=pattern[prompt, head, query, key].float(), **self._kept_of_biases(of_biases)
+        )
         return FiringBatch(layer * self.n_heads + head, prompt, query, key, scores)
 
     def _bases_of_heads(
@@ -450,10 +505,11 @@ class HeadSpace:
     def decompose(self, observed: Observed, key: Int[Tensor, "batch"]) -> Decomposition:
         """Contributions of all keys; see :func:`decompose_attention`."""
         key = _checked_keys(key, observed.query)
-        rotated = self._rotated(observed)
-        a = self._queries(observed)
-        self._check_scores(observed, a, rotated)
-        a = self._turned(observed, a)
+        whole = self._rotated(observed, observed.keys)
+        q = self._query_vectors(observed)
+        self._check_scores(observed, q, whole)
+        a = self._turned(observed, self._queries(observed))
+        rotated = self._rotated(observed, self._own_keys(observed)) if self.is_separate else whole
         z = self._seen_from_query(observed, rotated)
         contributions = z.new_empty(*z.shape)
         for group, basis in self.groups(observed, key):
@@ -462,7 +518,11 @@ class HeadSpace:
             contributions[:, :, group] = left[..., None, :] * (z[:, :, group] @ U[:, :, None])
         hidden = ~observed.is_key[:, None]
         contributions = contributions.masked_fill_(hidden[..., None], 0)
-        return Decomposition(contributions.float(), contributions.sum(-1).float())
+        scores = contributions.sum(-1)
+        if self.is_separate:
+            of_biases = self._of_biases_at(observed, q, whole, rotated)
+            scores = scores + of_biases.masked_fill(hidden, 0)
+        return Decomposition(contributions.float(), scores.float())
 
     @torch.inference_mode()
     def attended(self, observed: Observed, key: Int[Tensor, "batch"]) -> AttendedScores:
@@ -476,14 +536,19 @@ class HeadSpace:
             CheckpointError: As there.
         """
         key = _checked_keys(key, observed.query)
-        rotated = self._rotated(observed)
-        a = self._queries(observed)
-        error = self._check_scores(observed, a, rotated)
-        a = self._turned(observed, a)
+        whole = self._rotated(observed, observed.keys)
+        q = self._query_vectors(observed)
+        error = self._check_scores(observed, q, whole)
+        a = self._turned(observed, self._queries(observed))
+        keys = self._own_keys(observed)
+        rotated = self._rotated(observed, keys) if self.is_separate else whole
         at_key = _at_key(rotated, observed.is_key, key)
+        of_biases = None
+        if self.is_separate:
+            of_biases = self._of_biases_at(observed, q, _at_key(whole, observed.is_key, key), at_key)
         z = self._seen_from_query(observed, at_key)
         if not self.is_fixed:
-            at_key = _at_key(observed.keys, observed.is_key, key)
+            at_key = _at_key(keys, observed.is_key, key)
         coordinates = torch.einsum("lkij,lbmkj->lkbmi", self._to_key, at_key.double())
         coordinates = coordinates.repeat_interleave(self._repeats, dim=1)
         shape = (self.n_layers, self.n_heads, len(key), self.rank)
@@ -496,7 +561,12 @@ class HeadSpace:
                 coordinates_of[f"{kind}direction"][:, :, group] = (coordinates[:, :, group, i] @ V).float()
             coordinates_of["S"][:, :, group] = S[:, :, None].float()
         batch = torch.arange(len(key), device=key.device)
-        return AttendedScores(**coordinates_of, attention=observed.pattern[:, :, batch, key].float(), error=error)
+        return AttendedScores(
+            **coordinates_of,
+            attention=observed.pattern[:, :, batch, key].float(),
+            error=error,
+            **self._kept_of_biases(of_biases),
+        )
 
     def svd(self, observed: Observed, query: int, key: int) -> HeadSVD:
         """Core SVD [layer, head, H, R] of the offset from a query position to a key position."""
@@ -548,16 +618,57 @@ class HeadSpace:
             groups.append((members, self.svd(observed, int(observed.query[first]), int(key[first]))))
         return groups
 
-    def _rotated(self, observed: Observed) -> Tensor:
+    def _own_keys(self, observed: Observed) -> Tensor:
+        """Key vectors as singular pairs have them, before rotation [layer, batch, n, key_head, H]."""
+        if not self.is_separate:
+            return observed.keys
+        return observed.keys - self._b_K[:, None, None].to(observed.keys)
+
+    def _rotated(self, observed: Observed, keys: Tensor) -> Tensor:
         """Key vectors as the scores see them [layer, batch, n, key_head, H]."""
         if observed.rotation is None:
-            return observed.keys
+            return keys
         cos, sin = (part[:, None, :, None] for part in observed.rotation)
-        return rotate(observed.keys, cos, sin, layout=self.layout)
+        return rotate(keys, cos, sin, layout=self.layout)
+
+    def _read(self, observed: Observed) -> Tensor:
+        """What the heads read at the query, in the orthonormal basis Q_q [layer, head, batch, H]."""
+        return torch.einsum("lbd,lhdi->lhbi", observed.x, self._Q_q).double()
 
     def _queries(self, observed: Observed) -> Tensor:
-        """Queries in the orthonormal basis Q_q, in which a score is an inner product [layer, head, batch, H]."""
-        return torch.einsum("lbd,lhdi->lhbi", observed.x, self._Q_q).double()
+        """Queries in the basis Q_q, in which a score is an inner product [layer, head, batch, H]."""
+        shift = torch.einsum("lhij,lhj->lhi", self._to_query, self._shift_of(self._b_Q))
+        return self._read(observed) + shift[:, :, None]
+
+    def _query_vectors(self, observed: Observed) -> Tensor:
+        """Query vectors, with their bias and before rotation [layer, head, batch, H]."""
+        return torch.einsum("lhbi,lhij->lhbj", self._read(observed), self._A_q) + self._b_Q[:, :, None]
+
+    def _shift_of(self, bias: Tensor) -> Tensor:
+        """The part of a bias that is moved into the tokens: all of it, or nothing if it stays beside them."""
+        return torch.zeros_like(bias) if self.is_separate else bias
+
+    def _of_biases(self, q: Tensor, own_q: Tensor, key: Tensor, own_key: Tensor) -> Tensor:
+        """What biases add to scores, from vectors with and without them, as the scores see them [n, H], [n, 2, H]."""
+        scores = (q[:, None] * key).sum(-1) - (own_q[:, None] * own_key).sum(-1)
+        return scores * self.heads.scale
+
+    def _of_biases_at(self, observed: Observed, q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
+        """The same, of rotated keys [layer, batch, m, key_head, H]; q is not rotated. [layer, head, batch, m]."""
+        both = []
+        for query, key in ((q, keys), (q - self._b_Q[:, :, None], own_keys)):
+            if observed.rotation is not None:
+                cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
+                query = rotate(query, cos, sin, layout=self.layout)
+            of_heads = key.double().repeat_interleave(self._repeats, dim=3)
+            both.append(torch.einsum("lhbi,lbmhi->lhbm", query, of_heads))
+        return (both[0] - both[1]) * self.heads.scale
+
+    def _kept_of_biases(self, relative_and_raw: Tensor | None) -> dict[str, Tensor]:
+        """Fields of :class:`AttendedScores` [..., n, 2] -> [..., n]."""
+        if not self.is_separate or relative_and_raw is None:
+            return {}
+        return {"bias": relative_and_raw[..., 0].float(), "raw_bias": relative_and_raw[..., 1].float()}
 
     def _turned(self, observed: Observed, a: Tensor) -> Tensor:
         """With a fixed basis, queries with their positions moved into them (x~); else as they are."""
@@ -578,8 +689,13 @@ class HeadSpace:
         rotated = rotated.repeat_interleave(self._repeats, dim=3)
         return torch.einsum("lhij,lbnhj->lhbni", self._A_q * self.heads.scale, rotated)
 
-    def _check_scores(self, observed: Observed, a: Tensor, rotated: Tensor) -> Tensor:
+    def _check_scores(self, observed: Observed, q: Tensor, rotated: Tensor) -> Tensor:
         """Compare all scores, computed from the same factors as the decomposition, with those of the model.
+
+        Args:
+            observed: What the pass has left.
+            q: Query vectors, before rotation [layer, head, batch, H].
+            rotated: Key vectors as the scores see them [layer, batch, n, key_head, H].
 
         Returns:
             Largest difference, relative to the largest score [layer, head].
@@ -588,7 +704,7 @@ class HeadSpace:
             InputError: They differ, so much that it is no rounding.
             CheckpointError: They differ by more than rounding explains.
         """
-        towards = torch.einsum("lhbi,lhij->lbhj", a, self._A_q * self.heads.scale)
+        towards = q.transpose(1, 2) * self.heads.scale
         if observed.rotation is not None:
             cos, sin = (part[:, observed.query, None].double() for part in observed.rotation)
             towards = rotate(towards, cos, sin, layout=self.layout)
@@ -627,6 +743,13 @@ def check_rope_basis(rope_basis: str) -> None:
     """Raises InputError for a basis that there is not."""
     if rope_basis not in get_args(RopeBasis):
         raise bad_value("rope_basis", rope_basis, "'offset' or 'fixed'", "change --model.rope_basis")
+
+
+def check_biases(biases: str) -> None:
+    """Raises InputError for a convention that there is not."""
+    if biases not in get_args(Biases):
+        allowed = " or ".join(map(repr, get_args(Biases)))
+        raise bad_value("biases", biases, allowed, "change --model.biases")
 
 
 def _tolerance(dtype: torch.dtype) -> float:

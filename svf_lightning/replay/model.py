@@ -31,7 +31,7 @@ from svf_lightning.probe import (
 )
 from svf_lightning.replay.bridge import Processing, check_folded, make_bridge
 from svf_lightning.replay.data import ReplayBatch, ReplayData
-from svf_lightning.replay.decompose import HeadSpace, RopeBasis, check_rope_basis
+from svf_lightning.replay.decompose import Biases, HeadSpace, RopeBasis, check_biases, check_rope_basis
 from svf_lightning.replay.features import named_pairs, read_dictionary, token_ids
 from svf_lightning.replay.intervention import PromptInterventions
 from svf_lightning.replay.model_files import hash_and_fingerprint
@@ -71,6 +71,8 @@ class CheckpointReplay(pl.LightningModule):
         rope_basis: Singular vectors of a head with rotary positions: "offset", those of the offset from query to key
             (arXiv 2602.13524), or "fixed", one basis for all, with positions moved into the tokens through
             the pseudo-inverses of W_Q and W_K (its authors' later code). Scores are the same.
+        biases: What becomes of the biases of heads: "appended", one more coordinate of what they read; "separate",
+            left beside the singular pairs; or "pseudo_inverse", moved into what they read.
 
     Raises:
         InputError: An option out of range, or options that do not fit each other.
@@ -83,6 +85,7 @@ class CheckpointReplay(pl.LightningModule):
         features: str | list[str] | None = None,
         feature_pairs: list[list[str]] | None = None,
         rope_basis: RopeBasis = "offset",
+        biases: Biases = "appended",
     ) -> None:
         super().__init__()
         if processing not in ("folded", "raw"):
@@ -92,8 +95,10 @@ class CheckpointReplay(pl.LightningModule):
         if feature_pairs and not isinstance(features, list):
             raise bad_value("feature_pairs", feature_pairs, "null without words in features", "set --model.features")
         check_rope_basis(rope_basis)
+        check_biases(biases)
         self.processing: Processing = processing
         self.rope_basis: RopeBasis = rope_basis
+        self.biases: Biases = biases
         self.dtype_name = dtype
         self.features_from, self.feature_pairs = features, feature_pairs or []
         self._pairs = named_pairs(features, self.feature_pairs) if isinstance(features, list) else None
@@ -119,7 +124,7 @@ class CheckpointReplay(pl.LightningModule):
             **{f"source.{name}": value for name, value in data.source.identity().items()},
             "processing": self.processing,
             "dtype": self.dtype_name,
-            **self._basis,
+            **self._conventions,
             "features": self.features_from,
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
             **data.fields_of_file,
@@ -129,9 +134,10 @@ class CheckpointReplay(pl.LightningModule):
         }
 
     @property
-    def _basis(self) -> dict[str, str]:
-        """The basis, where it is not the one that earlier versions had: their runs go on."""
-        return {} if self.rope_basis == "offset" else {"rope_basis": self.rope_basis}
+    def _conventions(self) -> dict[str, str]:
+        """Conventions, where they are not those that earlier versions had: their runs go on."""
+        chosen = {"rope_basis": (self.rope_basis, "offset"), "biases": (self.biases, "appended")}
+        return {name: value for name, (value, default) in chosen.items() if value != default}
 
     def probe(self) -> Probe:
         """The checkpoint and the prompts of the last batch.
@@ -273,7 +279,8 @@ class CheckpointReplay(pl.LightningModule):
         (some,) = batches(data.prompts[::every], _N_COMPARED)
         some = some.to(device)
         logits = _plain_logits(loaded.model, some)
-        space = HeadSpace(make_bridge(loaded.model, processing=self.processing), rope_basis=self.rope_basis)
+        bridge = make_bridge(loaded.model, processing=self.processing)
+        space = HeadSpace(bridge, rope_basis=self.rope_basis, biases=self.biases)
         if self.processing == "folded":
             check_folded(space.bridge, some.tokens)
         observed = space.observe(some.tokens, some.query)
@@ -381,8 +388,7 @@ class CheckpointReplay(pl.LightningModule):
             **({} if self._pairs is None else {"pairs": self._pairs.to(self.device)}),
             scores=scores,
             intervene=again.take_off,
-            # with one basis for all offsets, singular vectors belong to x~ and not to what a head reads
-            interventions=None if current.space.is_fixed else again,
+            interventions=again if current.space.reads_inputs else None,
             decompose=decompose,
             find_firings=find_firings,
             read_tokens=read_tokens,
@@ -397,7 +403,7 @@ class CheckpointReplay(pl.LightningModule):
                 "weight_hash": loaded.weight_hash,
                 "processing": self.processing,
                 "dtype": self.dtype_name,
-                **self._basis,
+                **self._conventions,
                 "code_version": __version__,
             },
         )
