@@ -11,7 +11,7 @@ from torch import Tensor
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import AttentionHeads
-from svf_lightning.metrics import align_pairs, cosine_matrix, haar_orthogonal, unit_features
+from svf_lightning.metrics import align_pairs, cosine_matrix, effective_rank, haar_orthogonal, unit_features
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Quantity
 from svf_lightning.theory import (
@@ -84,6 +84,11 @@ class TheoryGap(ProbeMetric):
             low=0, high=1, logged="mean", better="lower", source="Theorem 3",
         ),
         Quantity(
+            "theory/token_rank", "effective rank of the tokens",
+            "tr(Sigma)^2 / tr(Sigma^2) of the covariance of queries: D if tokens lie alike in all directions.",
+            unit="dimensions", low=1, logged="mean", needs="TheoryGap with covariance=tokens",
+        ),
+        Quantity(
             "alignment/unwhitened", "alignment, un-whitened",
             "As alignment/matched, with Sigma u and Sigma v for u and v; Sigma of the features, or of tokens.",
             **_COSINE, better="higher", source="Theorem 1; method, section 4",
@@ -144,6 +149,7 @@ class TheoryGap(ProbeMetric):
             "theory/cone_right": _cosine(first_v, axis),
             "theory/cone_features": cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)),
             "theory/residual": (residual.query + residual.key) / 2,
+            **({} if self.covariance == "exact" else {"theory/token_rank": effective_rank(to_query)}),
             "alignment/unwhitened": unwhitened_alignment(svd.U, svd.V),
             "alignment/unwhitened_random": by_chance,
         }

@@ -57,6 +57,8 @@ _AXES = {
     "model.target_logit": "target logit",
     "data.context_length": "keys per query",
     "data.feature_probability": "probability that a feature is active",
+    "data.frequency_decay": "decay of the features' frequencies, z",
+    "data.feature_correlation": "correlation of the features, ρ",
 }
 _COSINES = [0, 1.03]  # range of an axis
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from svf_lightning.arguments import dotted
@@ -197,6 +199,7 @@ def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in dotted(settings).items()
         if name != "trainer.callbacks" and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
     }
+    flat = {name: value for name, value in flat.items() if name not in _LATER or value != _LATER[name]}
     for entry in (settings.get("trainer") or {}).get("callbacks") or []:
         name = str(entry["class_path"]).rsplit(".", 1)[-1]
         if name in _ONLY_LOOK_ON or name.endswith(("ProgressBar", "Summary")):
@@ -205,11 +208,23 @@ def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
         while key in flat:  # a second one of its class
             key = f"{key}'"
         options = {**(entry.get("init_args") or {}), **(entry.get("dict_kwargs") or {})}
-        flat |= {f"{key}.{option}": value for option, value in options.items()}
+        later = _later_options(entry["class_path"])
+        flat |= {f"{key}.{option}": value for option, value in options.items() if (option, value) not in later}
         if name != _DRIVER:
             flat[key] = "there"
     return flat
 
+
+def _later_options(class_path: str) -> list[tuple[str, Any]]:
+    """Options of a metric that earlier versions did not have, with the defaults that give the numbers of these."""
+    metric: Any = locate(class_path)
+    names = getattr(metric, "later", ())
+    parameters = inspect.signature(metric).parameters if names else {}
+    return [(name, parameters[name].default) for name in names]
+
+
+# Settings that earlier versions did not have, with the values that give the numbers of these.
+_LATER = {"data.frequency_decay": 0.0, "data.feature_correlation": 0.0}
 
 # Callbacks that change neither weights nor rows: they say when a run ends, save, log or display.
 _ONLY_LOOK_ON = {

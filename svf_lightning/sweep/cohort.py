@@ -31,6 +31,8 @@ _PER_INSTANCE = (
     ("model", "learning_rate"),
     ("model", "cone_strength"),
     ("data", "feature_probability"),
+    ("data", "frequency_decay"),
+    ("data", "feature_correlation"),
 )
 # the TrialWriter does the work of these for each trial
 _WRITERS = (TrajectoryWriter, RunSummary, StepProgress, ModelCheckpoint)
@@ -71,7 +73,8 @@ def group_trials(
 def _draws(entry: tuple[Trial, Settings]) -> str:
     """What a trial's draws depend on, within a cohort."""
     data = entry[1]["data"]
-    return json.dumps([data["seed"], data["feature_probability"]])
+    names = ("seed", "feature_probability", "frequency_decay", "feature_correlation")
+    return json.dumps([data.get(name) for name in names])
 
 
 def can_merge(settings: Settings) -> bool:

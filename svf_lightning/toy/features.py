@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,11 +22,51 @@ _SEARCHED_DRAWS = 256  # for pairs with an attended feature
 
 
 def sparse_activations(
-    uniform: Float[Tensor, "... N"], probability: float, *, out: Float[Tensor, "... N"] | None = None
+    uniform: Float[Tensor, "... N"],
+    probability: float | Float[Tensor, " N"],
+    *,
+    out: Float[Tensor, "... N"] | None = None,
 ) -> Float[Tensor, "... N"]:
-    """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1)."""
+    """``relu((u - (1 - p)) / p)``: Bernoulli(p) times Uniform(0, 1), from one uniform draw u (method, section 1).
+
+    Args:
+        uniform: u, in [0, 1).
+        probability: p in (0, 1], one for all features or one each.
+        out: Where to put the activations.
+    """
+    if isinstance(probability, Tensor):
+        each = probability.to(uniform)
+        return torch.sub(uniform, 1 - each, out=out).div_(each).relu_()
     p = np.float32(probability)  # shared as the uniform numbers are
     return torch.sub(uniform, float(1 - p), out=out).div_(float(p)).relu_()
+
+
+def correlated_uniform(
+    uniform: Float[Tensor, "... N"], shared: Float[Tensor, "..."], correlation: float
+) -> Float[Tensor, "... N"]:
+    """Uniform numbers of one token that rise and fall together: a Gaussian copula with one factor.
+
+    ``Phi(sqrt(rho) z + sqrt(1 - rho) Phi^-1(u_i))`` with one normal z per token: each is uniform by itself, and the
+    normal numbers behind any two of them have the correlation rho. Activations made of them
+    (:func:`sparse_activations`) keep their probabilities; two features of probability p are active together with the
+    orthant probability ``P(g_i > t, g_j > t)``, ``t = Phi^-1(1 - p)``, of a bivariate normal distribution.
+
+    Args:
+        uniform: u, independent, in [0, 1).
+        shared: z, standard normal, one per token.
+        correlation: rho, in [0, 1).
+    """
+    own = torch.special.ndtri(uniform)  # -inf for 0, which stays 0
+    mixed: Tensor = torch.special.ndtr(own.mul_((1 - correlation) ** 0.5).add_((correlation**0.5 * shared)[..., None]))
+    return mixed
+
+
+class _Draw(NamedTuple):
+    """What turns uniform numbers into the activations of an instance."""
+
+    probability: float
+    decay: float
+    correlation: float
 
 
 class ToyData(pl.LightningDataModule):
@@ -44,6 +84,11 @@ class ToyData(pl.LightningDataModule):
         context_length: m, keys per query; 0 for a template without a head.
         feature_probability: p, probability that a feature is active in a token, in (0, 1]. One value or one per
             instance.
+        frequency_decay: z, how much rarer later features are: feature i (from 0) is active with probability
+            ``p (i + 1)^-z``, >= 0. Attended features are the first ones of most templates, so they are frequent. One
+            value or one per instance.
+        feature_correlation: rho, in [0, 1): how much features are active together (a Gaussian copula with one factor,
+            :func:`correlated_uniform`); their probabilities stay. One value or one per instance.
         seed: Seed of the draws; with separate streams, instance i uses seed + i, or the i-th of a list. Instances with
             the same seed see one stream.
         streams: "shared": all instances see one stream of draws, each with its own p, so that differences between
@@ -58,6 +103,8 @@ class ToyData(pl.LightningDataModule):
         batch_size: int = 256,
         context_length: int = 8,
         feature_probability: PerInstance = 0.1,
+        frequency_decay: PerInstance = 0.0,
+        feature_correlation: PerInstance = 0.0,
         seed: int | list[int] = 0,
         streams: Literal["shared", "separate"] = "shared",
         held_out_batches: int = 16,
@@ -81,6 +128,25 @@ class ToyData(pl.LightningDataModule):
                 f"at least {LEAST_PROBABILITY:g}, below which no float32 is above 1 - p and no feature ever active",
                 "raise --data.feature_probability",
             )
+        self.frequency_decay = per_instance(
+            "frequency_decay", frequency_decay, n_instances, low=0, key="data.frequency_decay"
+        )
+        rarest = self.feature_probability * float(n_features) ** -self.frequency_decay
+        if (too_rare := rarest < LEAST_PROBABILITY).any():
+            raise bad_value(
+                "frequency_decay",
+                f"{self.frequency_decay[too_rare][0].item():g}",
+                f"one that leaves the last of {n_features} features a probability of {LEAST_PROBABILITY:g} or more",
+                "lower --data.frequency_decay, or raise --data.feature_probability",
+            )
+        self.feature_correlation = per_instance(
+            "feature_correlation", feature_correlation, n_instances, low=0, high=1, key="data.feature_correlation"
+        )
+        if bool((self.feature_correlation == 1).any()):
+            raise bad_value(
+                "feature_correlation", 1.0, "a number in [0, 1)", "lower --data.feature_correlation: at 1 all features "
+                "are active at once"
+            )  # fmt: skip
         if streams not in ("shared", "separate"):
             raise bad_value("streams", streams, "'shared' or 'separate'", "change --data.streams")
         if streams == "shared" and not isinstance(seed, int):
@@ -94,27 +160,43 @@ class ToyData(pl.LightningDataModule):
         )
         self.streams = streams
         seeds = list(self.seeds) * (n_instances if streams == "shared" else 1)
-        settings = list(zip(seeds, self.feature_probability.tolist(), strict=True))
-        # instances with the same seed and the same p see the same numbers: these are drawn once
+        kinds = (self.feature_probability, self.frequency_decay, self.feature_correlation)
+        draws = [_Draw(*values) for values in zip(*(kind.tolist() for kind in kinds), strict=True)]
+        settings = list(zip(seeds, draws, strict=True))
+        # instances with the same seed and the same settings see the same numbers: these are drawn once
         distinct = list(dict.fromkeys(settings))
         draw_of = [distinct.index(setting) for setting in settings]
         per_draw = n_instances // len(distinct)
         if draw_of != [i // per_draw for i in range(n_instances)]:  # the groups are unequal
             distinct = settings
         self.n_draws = len(distinct)
-        self._draws_of_seed: dict[int, list[tuple[int, float]]] = {seed: [] for seed, _ in distinct}
-        for j, (draw_seed, p) in enumerate(distinct):
-            self._draws_of_seed[draw_seed].append((j, p))
+        self._draws_of_seed: dict[int, list[tuple[int, _Draw]]] = {seed: [] for seed, _ in distinct}
+        for j, (draw_seed, kind) in enumerate(distinct):
+            self._draws_of_seed[draw_seed].append((j, kind))
 
     def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "J B m1 N"]:
         """The activations of one step [J, B, 1 + m, N], float32 in [0, 1)."""
         shape = (self.batch_size, 1 + self.context_length, self.n_features)
         f = torch.empty(self.n_draws, *shape, device=device)
         for seed, draws in self._draws_of_seed.items():
-            uniform = torch.rand(shape, generator=keyed_generator(seed, stream, step, device=device), device=device)
-            for j, p in draws:
-                sparse_activations(uniform, p, out=f[j])
+            generator = keyed_generator(seed, stream, step, device=device)
+            uniform = torch.rand(shape, generator=generator, device=device)
+            shared = None
+            for j, kind in draws:
+                own = uniform
+                if kind.correlation:
+                    if shared is None:  # drawn after all others, which are what they are without it
+                        shared = torch.randn(shape[:-1], generator=generator, device=device)
+                    own = correlated_uniform(uniform, shared, kind.correlation)
+                sparse_activations(own, self._probabilities(kind), out=f[j])
         return f
+
+    def _probabilities(self, kind: _Draw) -> float | Float[Tensor, " N"]:
+        """Probability that a feature is active: one for all, or one each."""
+        if not kind.decay:
+            return kind.probability
+        ranks = torch.arange(1, self.n_features + 1, dtype=torch.float64)
+        return kind.probability * ranks**-kind.decay
 
     def _per_instance(self, f: Float[Tensor, "J ..."]) -> Float[Tensor, "I ..."]:
         """What each instance sees, or [1, ...] where all see the same."""

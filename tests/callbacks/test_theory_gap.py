@@ -53,6 +53,11 @@ def test_the_covariance_of_many_tokens_unwhitens_as_the_exact_one_does():
     model._observed = data.observed(20000)
     found = measured(TheoryGap("tokens"), model)
     assert (found["alignment/unwhitened"] > 0.995).all()
+    for i, rank in enumerate(found["theory/token_rank"]):
+        tokens = (model.probe().queries[i] - model.probe().queries[i].mean(0)).double()
+        values = np.linalg.svd(tokens.detach(), compute_uv=False) ** 2
+        assert rank.item() == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
+    assert "theory/token_rank" not in measured(TheoryGap(), model)
 
 
 def test_random_bases_are_unwhitened_by_the_same_covariance_and_come_near_the_features_of_a_cone():

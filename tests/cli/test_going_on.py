@@ -228,6 +228,20 @@ def test_length_logging_and_display_may_change_in_place(free):
     assert differences(before, now) == {}
 
 
+def test_settings_that_earlier_versions_did_not_have_are_no_difference_at_their_defaults():
+    from svf_lightning.run.lineage import differences
+
+    def settings(data, options):
+        callback = {"class_path": "svf_lightning.callbacks.TheoryGap", "init_args": {"covariance": "exact", **options}}
+        return {"data": {"batch_size": 16, **data}, "trainer": {"callbacks": [callback]}}
+
+    before = settings({}, {})
+    later = {"frequency_decay": 0.0, "feature_correlation": 0.0}
+    assert differences(before, settings(later, {"n_random": 16, "seed": 0})) == {}
+    changed = differences(before, settings({**later, "feature_correlation": 0.2}, {"n_random": 3, "seed": 0}))
+    assert changed == {"data.feature_correlation": (None, 0.2), "trainer.callbacks.TheoryGap.n_random": (None, 3)}
+
+
 def test_a_schedule_makes_the_length_matter():
     from svf_lightning.cli import FitSettings
     from svf_lightning.run.lineage import differences

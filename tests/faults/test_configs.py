@@ -238,6 +238,8 @@ def legal(draw):
     data = {
         "context_length": draw(st.integers(1, 4)),
         "feature_probability": draw(one_or_each(st.floats(0.05, 1), n)),
+        "frequency_decay": draw(one_or_each(st.floats(0, 1.5), n)),
+        "feature_correlation": draw(one_or_each(st.floats(0, 0.95), n)),
         "streams": draw(st.sampled_from(["shared", "separate"])),
         "held_out_batches": draw(st.integers(1, 3)),
     }

@@ -1,10 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import multivariate_normal, norm
 
+from svf_lightning.draws import keyed_generator
 from svf_lightning.errors import InputError
 from svf_lightning.toy import ToyData, sparse_activations
-from svf_lightning.toy.features import LEAST_PROBABILITY
+from svf_lightning.toy.features import LEAST_PROBABILITY, correlated_uniform
 
 
 def data(**options):
@@ -103,6 +107,82 @@ def test_a_probability_at_which_nothing_ever_happens_is_refused_with_the_limit()
     assert data(feature_probability=LEAST_PROBABILITY).n_draws == 1
     with pytest.raises(InputError, match=r"feature_probability.*at least 1\.19.*e-07"):
         data(feature_probability=LEAST_PROBABILITY / 2)
+
+
+# ---- frequencies and correlations
+
+
+def test_later_features_are_rarer_by_a_power_of_their_rank():
+    f = data(n_features=9, batch_size=20_000, feature_probability=0.4, frequency_decay=[0.0, 0.5, 1.0]).draw(1)
+    for i, decay in enumerate((0.0, 0.5, 1.0)):
+        expected = 0.4 * np.arange(1, 10) ** -decay
+        np.testing.assert_allclose((f[i] > 0).float().mean((0, 1)), expected, atol=0.006)
+        active = f[i, ..., 8]
+        np.testing.assert_allclose(np.quantile(active[active > 0], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.02)
+
+
+def test_without_decay_and_correlation_draws_are_what_they_were():
+    uniform = torch.rand((13, 6, 11), generator=keyed_generator(0, 0, 4, device="cpu"))
+    for options in ({}, {"frequency_decay": 0.0, "feature_correlation": 0.0}):
+        assert torch.equal(data(**options).draw(4)[0], sparse_activations(uniform, 0.1))
+    # and what another instance does changes nothing
+    many = data(frequency_decay=[0.0, 1.0, 0.0], feature_correlation=[0.0, 0.0, 0.5])
+    assert torch.equal(many.draw(4)[0], data(n_instances=1).draw(4)[0])
+    assert many.draw(4).shape[0] == 3
+
+
+@given(p=st.sampled_from([0.1, 0.4]), rho=st.sampled_from([0.2, 0.5, 0.9]), decay=st.sampled_from([0.0, 0.6]))
+@settings(max_examples=6, deadline=None)
+def test_correlated_features_keep_their_probabilities_and_are_active_together_as_a_bivariate_normal_has_it(
+    p, rho, decay
+):
+    one = {"n_instances": 1, "n_features": 4, "batch_size": 40_000, "feature_probability": p}
+    f = data(**one, feature_correlation=rho, frequency_decay=decay).draw(2)[0]
+    active = (f > 0).reshape(-1, 4).double()
+    probability = p * np.arange(1, 5) ** -decay
+    error = 4 / np.sqrt(len(active))
+    np.testing.assert_allclose(active.mean(0), probability, atol=error)
+    for i, j in ((0, 1), (1, 3)):
+        # P(g_i > t_i, g_j > t_j) = P(-g_i < -t_i, -g_j < -t_j)
+        below = norm.ppf(probability[[i, j]])
+        together = multivariate_normal.cdf(below, mean=[0, 0], cov=[[1, rho], [rho, 1]])
+        assert (active[:, i] * active[:, j]).mean().item() == pytest.approx(together, abs=error)
+    quantiles = np.quantile(f[..., 0][f[..., 0] > 0], [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(quantiles, [0.25, 0.5, 0.75], atol=0.02)
+
+
+def test_correlated_uniform_numbers_have_the_correlation_behind_them_and_are_uniform():
+    generator = torch.Generator().manual_seed(3)
+    u, z = torch.rand(100_000, 3, generator=generator), torch.randn(100_000, generator=generator)
+    v = correlated_uniform(u, z, 0.6)
+    np.testing.assert_allclose(np.quantile(v, np.linspace(0.1, 0.9, 9)), np.linspace(0.1, 0.9, 9), atol=0.01)
+    behind = torch.special.ndtri(v.double()).T
+    np.testing.assert_allclose(np.corrcoef(behind), 0.4 * np.eye(3) + 0.6, atol=0.01)
+    edge = correlated_uniform(torch.tensor([[0.0, 1 - 2.0**-24]]), torch.tensor([0.3]), 0.5)
+    assert edge[0, 0] == 0
+    assert 0.99 < edge[0, 1] <= 1
+
+
+def test_tokens_of_different_positions_stay_independent():
+    f = data(n_instances=1, n_features=2, batch_size=30_000, context_length=1, feature_correlation=0.9).draw(0)[0]
+    query, key = (f[:, i] > 0 for i in (0, 1))
+    assert np.corrcoef(query[:, 0], key[:, 1])[0, 1] == pytest.approx(0, abs=0.02)
+    assert np.corrcoef(query[:, 0], query[:, 1])[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frequency_decay": -0.1}, r"frequency_decay=-0.1.*\[0, inf\).*--data.frequency_decay"),
+        ({"frequency_decay": 9.0}, r"frequency_decay='9'.*the last of 11 features.*1.19\d*e-07"),
+        ({"feature_correlation": 1.0}, r"feature_correlation=1.0.*\[0, 1\)"),
+        ({"feature_correlation": -0.2}, r"feature_correlation=-0.2.*--data.feature_correlation"),
+        ({"feature_correlation": [0.1, 0.2]}, "2 values for 3 instances"),
+    ],
+)
+def test_frequencies_and_correlations_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        data(**options)
 
 
 def test_attended_pairs_are_those_whose_key_carries_the_attended_feature():
