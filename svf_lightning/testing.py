@@ -38,6 +38,7 @@ from svf_lightning.probe import (
     Probe,
     Probed,
     Side,
+    TakeReads,
 )
 from svf_lightning.quantities import Quantity, collect
 from svf_lightning.toy import ToyAttentionModel, ToyData
@@ -183,10 +184,15 @@ def _language_model() -> Probe:
             positions = torch.full_like(prompts, n_tokens - 1), torch.ones_like(prompts)
             take(FiringBatch(torch.full_like(prompts, head), prompts, *positions, found))
 
+    def read_tokens(take: TakeReads) -> None:
+        for layer, tokens in enumerate(residuals):
+            take(layer, tokens)
+
     scores = AttendedScores(
         query, key, key.clone(), torch.ones(2, 3, 1, rank), on_key, torch.zeros(2, 3), logit_difference
     )
     vectors, x = torch.linalg.qr(draw(6, n_prompts, 8, rank))[0], draw(n_prompts, 8)
+    residuals = draw(2, 30, 8)
     return Probe(
         0,
         heads=AttentionHeads(W_Q, W_K, scale=rank**-0.5),
@@ -197,6 +203,7 @@ def _language_model() -> Probe:
         interventions=_MadeUpInterventions(vectors, x, on_key, logit_difference),
         decompose=decompose,
         find_firings=find_firings,
+        read_tokens=read_tokens,
         part=(0, 1),
         batch_dims=("layer", "head"),
         feature_dims=(),

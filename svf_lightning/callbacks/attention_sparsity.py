@@ -95,7 +95,14 @@ _OF_TASK = _over_pairs(
         "n_recon": {"panel": TASK_PAIRS},
     },
 )  # fmt: skip
-_ATTENDING = _over_pairs("sad/attending/", ", attending heads", {"n_recon": {"panel": TASK_PAIRS, "column": "N_recon"}})
+_ATTENDING = _over_pairs(
+    "sad/attending/", ", attending heads",
+    {
+        "n_recon": {"panel": TASK_PAIRS, "column": "N_recon"},
+        "sparseness_permuted_pairing": {"logged": "no"},  # W&B's page of a run has room for a hundred names
+        "n_recon_shared_rotation": {"logged": "no"},
+    },
+)  # fmt: skip
 
 
 _CONTROLS = ("sparseness_shared_rotation", "sparseness_independent_rotation", "sparseness_permuted_pairing")

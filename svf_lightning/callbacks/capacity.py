@@ -17,6 +17,8 @@ from svf_lightning.theory import best_of_rank
 
 _SHARE: Any = {"unit": "share", "low": 0, "high": 1, "logged": "mean"}
 
+_ZERO = 1e-5  # singular values below this share of the largest count as zero
+
 
 class Capacity(ProbeMetric):
     """Compares the head with the best one of its rank for the current features (a closed form), per instance.
@@ -75,7 +77,9 @@ class Capacity(ProbeMetric):
         rank = min(heads.W_Q.shape[-2:])
         best, unlimited = best_of_rank(W, T, W, rank), best_of_rank(W, T, W, min(W.shape[-2:]))
         eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(best.omega)
-        U, _, V = AttentionHeads(eye, best.omega).svd()
+        U, S, V = AttentionHeads(eye, best.omega).svd()
+        # of fewer pairs than the head has dimensions the best head has a lower rank, and the rest of U is arbitrary
+        counted = (_ZERO * S[..., :1] < S)[..., :rank]
         svd = heads.svd() if probe.heads.has_bias else probe.svd
         omega = (heads.W_Q.mT @ heads.W_K) * heads.scale
         logit = heads.bilinear(W[..., query], W[..., key])
@@ -87,7 +91,10 @@ class Capacity(ProbeMetric):
         return {
             "capacity/predicted_served": share_served(best.logits[..., query, key], target),
             "capacity/lost": best.lost,
-            "capacity/subspace": (_overlap(svd.U, U[..., :rank]) + _overlap(svd.V, V[..., :rank])) / 2,
+            "capacity/subspace": sum(
+                _overlap(of_head, of_best[..., :rank], counted) for of_head, of_best in ((svd.U, U), (svd.V, V))
+            )
+            / 2,
             "capacity/omega": (omega * best.omega).sum((-2, -1))
             / (omega.norm(dim=(-2, -1)) * best.omega.norm(dim=(-2, -1))),
             "capacity/logit_error": error(best.logits),
@@ -96,6 +103,6 @@ class Capacity(ProbeMetric):
         }
 
 
-def _overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared cosine of the principal angles between the spans of orthonormal columns [..., D, R]."""
-    return (a.mT @ b).square().sum((-2, -1)) / b.shape[-1]
+def _overlap(a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
+    """Mean squared cosine of the principal angles of the span of a and of those columns of b that count [..., R]."""
+    return ((a.mT @ b).square().sum(-2) * counted).sum(-1) / counted.sum(-1)

@@ -85,8 +85,8 @@ class TheoryGap(ProbeMetric):
         ),
         Quantity(
             "theory/token_rank", "effective rank of the tokens",
-            "tr(Sigma)^2 / tr(Sigma^2) of the covariance of queries: D if tokens lie alike in all directions.",
-            unit="dimensions", low=1, logged="mean", needs="TheoryGap with covariance=tokens",
+            "tr(Sigma)^2 / tr(Sigma^2) of the covariance of keys: D if tokens lie alike in all directions.",
+            unit="dimensions", low=1, logged="mean", gaps=True, needs="TheoryGap with covariance=tokens",
         ),
         Quantity(
             "alignment/unwhitened", "alignment, un-whitened",
@@ -149,7 +149,7 @@ class TheoryGap(ProbeMetric):
             "theory/cone_right": _cosine(first_v, axis),
             "theory/cone_features": cosine_matrix(probe.features[..., named], _axis(probe.features)).mean((-2, -1)),
             "theory/residual": (residual.query + residual.key) / 2,
-            **({} if self.covariance == "exact" else {"theory/token_rank": effective_rank(to_query)}),
+            **({} if self.covariance == "exact" else {"theory/token_rank": effective_rank(to_key)}),
             "alignment/unwhitened": unwhitened_alignment(svd.U, svd.V),
             "alignment/unwhitened_random": by_chance,
         }

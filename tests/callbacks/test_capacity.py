@@ -70,3 +70,18 @@ def test_orthonormal_features_fill_a_head_with_the_strongest_pairs():
 
 def test_a_model_without_a_head_has_no_capacity():
     assert measured(Capacity(), ToyAttentionModel(n_features=13, d_model=7, template="zero")) == {}
+
+
+def test_of_fewer_pairs_than_dimensions_only_the_subspace_that_the_best_head_uses_counts():
+    toy = ToyAttentionModel(
+        n_features=13, d_model=7, d_head=5, n_instances=2, template=PAIRS[:2], target_logit=None, init_feature_norm=1.0
+    ).double()
+    found = measured(Capacity(), toy)["capacity/subspace"]
+    for i in range(2):
+        W, W_Q, W_K = (p.detach()[i].numpy() for p in (toy.W, toy.W_Q, toy.W_K))
+        T = toy.template.matrix()[i].double().numpy()
+        best = np.linalg.svd(np.linalg.pinv(W).T @ T @ np.linalg.pinv(W))
+        head = np.linalg.svd(W_Q.T @ W_K)
+        left = np.linalg.norm(head[0][:, :5].T @ best[0][:, :2]) ** 2 / 2
+        right = np.linalg.norm(head[2][:5] @ best[2][:2].T) ** 2 / 2
+        assert found[i].item() == pytest.approx((left + right) / 2)

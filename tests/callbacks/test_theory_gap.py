@@ -54,8 +54,8 @@ def test_the_covariance_of_many_tokens_unwhitens_as_the_exact_one_does():
     found = measured(TheoryGap("tokens"), model)
     assert (found["alignment/unwhitened"] > 0.995).all()
     for i, rank in enumerate(found["theory/token_rank"]):
-        tokens = (model.probe().queries[i] - model.probe().queries[i].mean(0)).double()
-        values = np.linalg.svd(tokens.detach(), compute_uv=False) ** 2
+        tokens = model.probe().keys[i].flatten(0, 1).detach().double()
+        values = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2
         assert rank.item() == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
     assert "theory/token_rank" not in measured(TheoryGap(), model)
 

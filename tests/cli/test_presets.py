@@ -40,6 +40,8 @@ SHOWN_EARLY = {
         "un-whitening the singular vectors brings them nearer to the features",
         "the first right singular vector is nearer to Theorem 1's Sigma^-1 y than to the feature",
     },
+    "correlated_features": {"un-whitening by the covariance of tokens brings them nearer to the features"},
+    "rare_features": {"un-whitening by the covariance of tokens brings them nearer to the features"},
     "cone": {"the first right singular vector stays nearer to its feature than to the axis of the cone"},
     "multi_pair": {
         "scores are sparser in the singular basis than in its strongest control",

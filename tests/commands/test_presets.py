@@ -15,7 +15,7 @@ def test_every_preset_has_a_line_with_its_figures_and_what_it_shows(typed):
             about = yaml.safe_load(preset_path(name, folder).read_text())["experiment"]
             assert about["shows"] in lines[name]
             assert about["figures"] in lines[name]
-    assert len(presets()) == 17
+    assert len(presets()) == 19
 
 
 def test_a_narrow_terminal_shows_the_names_whole(typed):
