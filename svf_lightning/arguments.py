@@ -6,9 +6,15 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pydoc import locate
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+
+def class_of(entry: Mapping[str, Any]) -> object:
+    """The class that an entry of the settings names by its ``class_path``; None if there is none."""
+    return locate(entry["class_path"])
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,22 @@ class ProbeMetric(Callback, ABC):
             InputError: An argument is not kept as an attribute of its name.
         """
         options = {}
-        for name, parameter in _arguments(type(self)).items():
+        later = self.later_defaults()
+        for name in _arguments(type(self)):
             if not hasattr(self, name):
                 raise InputError(
                     f"{type(self).__name__} does not keep its argument {name!r}, which is part of a row's identity. "
                     f"Fix: set self.{name} = {name} in __init__, or override options()."
                 )
             value = getattr(self, name)
-            if name not in self.later or value != parameter.default:
+            if name not in later or value != later[name]:
                 options[name] = value
         return options
+
+    @classmethod
+    def later_defaults(cls) -> dict[str, Any]:
+        """The arguments in :attr:`later` with their defaults, which give the numbers of earlier versions."""
+        return {name: given.default for name, given in _arguments(cls).items() if name in cls.later}
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:

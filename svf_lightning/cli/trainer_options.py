@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import yaml
@@ -24,6 +23,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from svf_lightning.arguments import class_of
 from svf_lightning.callbacks import StepProgress
 from svf_lightning.errors import InputError, bad_value
 
@@ -157,6 +157,6 @@ def _entries(given: Any) -> list[Namespace]:
 
 
 def _class_of(entry: Namespace) -> type:
-    cls = locate(entry.class_path)  # the parser has imported it already
+    cls = class_of(vars(entry))  # the parser has imported it already
     assert isinstance(cls, type)
     return cls

@@ -23,7 +23,7 @@ from svf_lightning.metrics.geometry import (
     share_in_span,
     unit_features,
 )
-from svf_lightning.metrics.head_tests import HeadTests, compare_heads, sign_flip_p
+from svf_lightning.metrics.head_tests import HeadTests, SignFlips, compare_heads, sign_flips
 from svf_lightning.metrics.intervals import (
     Interval,
     mean_interval,
@@ -48,6 +48,7 @@ __all__ = [
     "Interval",
     "PairAlignment",
     "RunningCovariance",
+    "SignFlips",
     "SparseAttention",
     "Sparsity",
     "SparsityOverPairs",
@@ -78,7 +79,7 @@ __all__ = [
     "share_served",
     "shrunk_covariance",
     "sigma_ratio",
-    "sign_flip_p",
+    "sign_flips",
     "signed_cosine_matrix",
     "sparseness",
     "spearman",

@@ -180,12 +180,14 @@ class HeadSpace:
         ):
             if is_asked:
                 self._check_full_rank(name, value, fix)
-        self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
+        if self.is_fixed or moves_biases:
+            self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
         # biases that no factor holds [layer, head, H]; of keys, one for each key head
         zeros = self._A_q.new_zeros(self._A_q.shape[:-1])
         self._b_Q = zeros if b_Q is None else b_Q
         self._b_K = (zeros if b_K is None else b_K)[:, :: self._repeats]
-        self.is_separate = is_outside and biases == "separate"
+        self._shift = torch.einsum("lhij,lhj->lhi", self._to_query, self._b_Q) if moves_biases else zeros
+        self.is_separate = is_outside and not moves_biases
         self._has_own_inputs = self.is_fixed or is_outside
         self._bases: OrderedDict[int, HeadSVD] = OrderedDict()
         self._head_bases: OrderedDict[tuple[int, int, int], HeadSVD] = OrderedDict()
@@ -422,7 +424,6 @@ class HeadSpace:
         seen = seen_there = at_key(in_place(keys)) if self.is_separate else whole
         direction = seen if cos is None or self.is_fixed else at_key(keys)
         A_q, to_key = self._A_q[layer], self._to_key[layer]
-        shift = torch.einsum("hij,hj->hi", self._to_query[layer], self._shift_of(self._b_Q[layer]))
         if cos is not None and sin is not None and not self.is_fixed:  # relative to the query
             at = [part[query][:, None].double() for part in (cos, sin)]
             seen = rotate(seen, *at, layout=self.layout, transpose=True)
@@ -452,9 +453,9 @@ class HeadSpace:
             usual[members] = (q * self.heads.scale).norm(dim=-1) * whole[members, 1].norm(dim=-1) / self.d_head**0.5
             if self.is_separate:
                 of_biases[members] = self._of_biases(turned(q), turned(own_q), whole[members], seen_there[members])
-            of_query = a[members] + shift[h]
-            if self.is_fixed:
-                of_query = turned(of_query @ A_q[h]) @ self._to_query[layer, h].mT
+            of_query = a[members] + self._shift[layer, h]
+            if self.is_fixed and cos is not None:
+                of_query = turned(own_q if self.is_separate else q) @ self._to_query[layer, h].mT
             left = of_query @ U
             z = seen[members] @ (A_q[h].mT * self.heads.scale) @ U
             rebuilt[members] = (left * z[:, 1]).sum(-1) + of_biases[members, 1]
@@ -506,9 +507,10 @@ class HeadSpace:
         """Contributions of all keys; see :func:`decompose_attention`."""
         key = _checked_keys(key, observed.query)
         whole = self._rotated(observed, observed.keys)
-        q = self._query_vectors(observed)
+        read = self._read(observed)
+        q = self._query_vectors(read)
         self._check_scores(observed, q, whole)
-        a = self._turned(observed, self._queries(observed))
+        a = self._turned(observed, read + self._shift[:, :, None])
         rotated = self._rotated(observed, self._own_keys(observed)) if self.is_separate else whole
         z = self._seen_from_query(observed, rotated)
         contributions = z.new_empty(*z.shape)
@@ -537,9 +539,10 @@ class HeadSpace:
         """
         key = _checked_keys(key, observed.query)
         whole = self._rotated(observed, observed.keys)
-        q = self._query_vectors(observed)
+        read = self._read(observed)
+        q = self._query_vectors(read)
         error = self._check_scores(observed, q, whole)
-        a = self._turned(observed, self._queries(observed))
+        a = self._turned(observed, read + self._shift[:, :, None])
         keys = self._own_keys(observed)
         rotated = self._rotated(observed, keys) if self.is_separate else whole
         at_key = _at_key(rotated, observed.is_key, key)
@@ -635,34 +638,25 @@ class HeadSpace:
         """What the heads read at the query, in the orthonormal basis Q_q [layer, head, batch, H]."""
         return torch.einsum("lbd,lhdi->lhbi", observed.x, self._Q_q).double()
 
-    def _queries(self, observed: Observed) -> Tensor:
-        """Queries in the basis Q_q, in which a score is an inner product [layer, head, batch, H]."""
-        shift = torch.einsum("lhij,lhj->lhi", self._to_query, self._shift_of(self._b_Q))
-        return self._read(observed) + shift[:, :, None]
-
-    def _query_vectors(self, observed: Observed) -> Tensor:
+    def _query_vectors(self, read: Tensor) -> Tensor:
         """Query vectors, with their bias and before rotation [layer, head, batch, H]."""
-        return torch.einsum("lhbi,lhij->lhbj", self._read(observed), self._A_q) + self._b_Q[:, :, None]
+        return torch.einsum("lhbi,lhij->lhbj", read, self._A_q) + self._b_Q[:, :, None]
 
-    def _shift_of(self, bias: Tensor) -> Tensor:
-        """The part of a bias that is moved into the tokens: all of it, or nothing if it stays beside them."""
-        return torch.zeros_like(bias) if self.is_separate else bias
-
-    def _of_biases(self, q: Tensor, own_q: Tensor, key: Tensor, own_key: Tensor) -> Tensor:
-        """What biases add to scores, from vectors with and without them, as the scores see them [n, H], [n, 2, H]."""
-        scores = (q[:, None] * key).sum(-1) - (own_q[:, None] * own_key).sum(-1)
+    def _of_biases(self, q: Tensor, own_q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
+        """What biases add to scores, from queries [..., H] and keys [..., m, H] with and without them, all in place."""
+        scores = (keys @ q[..., None] - own_keys @ own_q[..., None]).squeeze(-1)
         return scores * self.heads.scale
 
     def _of_biases_at(self, observed: Observed, q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
         """The same, of rotated keys [layer, batch, m, key_head, H]; q is not rotated. [layer, head, batch, m]."""
-        both = []
-        for query, key in ((q, keys), (q - self._b_Q[:, :, None], own_keys)):
-            if observed.rotation is not None:
-                cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-                query = rotate(query, cos, sin, layout=self.layout)
-            of_heads = key.double().repeat_interleave(self._repeats, dim=3)
-            both.append(torch.einsum("lhbi,lbmhi->lhbm", query, of_heads))
-        return (both[0] - both[1]) * self.heads.scale
+        queries = [q, q - self._b_Q[:, :, None]]
+        if observed.rotation is not None:
+            cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
+            queries = [rotate(query, cos, sin, layout=self.layout) for query in queries]
+        of_heads = (
+            key.double().repeat_interleave(self._repeats, dim=3).permute(0, 3, 1, 2, 4) for key in (keys, own_keys)
+        )
+        return self._of_biases(*queries, *of_heads)
 
     def _kept_of_biases(self, relative_and_raw: Tensor | None) -> dict[str, Tensor]:
         """Fields of :class:`AttendedScores` [..., n, 2] -> [..., n]."""

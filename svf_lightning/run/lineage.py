@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
-from svf_lightning.arguments import dotted
+from svf_lightning.arguments import class_of, dotted
 from svf_lightning.errors import InputError
 from svf_lightning.files import is_file, write_json
 from svf_lightning.run.checkpoint import read_checkpoint
@@ -208,19 +206,15 @@ def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
         while key in flat:  # a second one of its class
             key = f"{key}'"
         options = {**(entry.get("init_args") or {}), **(entry.get("dict_kwargs") or {})}
-        later = _later_options(entry["class_path"])
-        flat |= {f"{key}.{option}": value for option, value in options.items() if (option, value) not in later}
+        later: Mapping[str, Any] = getattr(class_of(entry), "later_defaults", dict)()
+        flat |= {
+            f"{key}.{option}": value
+            for option, value in options.items()
+            if option not in later or value != later[option]
+        }
         if name != _DRIVER:
             flat[key] = "there"
     return flat
-
-
-def _later_options(class_path: str) -> list[tuple[str, Any]]:
-    """Options of a metric that earlier versions did not have, with the defaults that give the numbers of these."""
-    metric: Any = locate(class_path)
-    names = getattr(metric, "later", ())
-    parameters = inspect.signature(metric).parameters if names else {}
-    return [(name, parameters[name].default) for name in names]
 
 
 # Settings that earlier versions did not have, with the values that give the numbers of these.

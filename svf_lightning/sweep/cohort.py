@@ -14,9 +14,10 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from svf_lightning import callbacks
+from svf_lightning.arguments import class_of
 from svf_lightning.callbacks import RunSummary, StepProgress, TrajectoryWriter
 from svf_lightning.cli import fit
-from svf_lightning.sweep.trial import Trial, class_of
+from svf_lightning.sweep.trial import Trial
 from svf_lightning.sweep.trial_writer import TrialWriter
 from svf_lightning.toy.instances import instance_seeds
 from svf_lightning.wandb_logger import RunLogger
@@ -73,8 +74,7 @@ def group_trials(
 def _draws(entry: tuple[Trial, Settings]) -> str:
     """What a trial's draws depend on, within a cohort."""
     data = entry[1]["data"]
-    names = ("seed", "feature_probability", "frequency_decay", "feature_correlation")
-    return json.dumps([data.get(name) for name in names])
+    return json.dumps([data["seed"], *(data.get(name) for part, name in _PER_INSTANCE if part == "data")])
 
 
 def can_merge(settings: Settings) -> bool:
@@ -98,7 +98,7 @@ def signature(settings: Settings) -> str:
     """What trials of one cohort have in common: everything that is not a value per instance, a seed or a name."""
     common = json.loads(json.dumps(settings))
     for part, name in (*_PER_INSTANCE, ("model", "seed"), ("data", "seed"), ("model", "n_instances")):
-        common[part].pop(name)
+        common[part].pop(name, None)  # a sweep of an earlier version has not all of them
     common["data"].pop("streams")
     common["trainer"].pop("logger")
     for name in ("seed_everything", "experiment"):
@@ -113,7 +113,7 @@ def merged(settings: Sequence[Settings]) -> dict[str, Any]:
     sizes = [one["model"]["n_instances"] for one in settings]
     whole["model"]["n_instances"] = sum(sizes)  # the data take it from there
     for part, name in _PER_INSTANCE:
-        if settings[0][part][name] is not None:
+        if settings[0][part].get(name) is not None:
             whole[part][name] = [
                 value
                 for one, n in zip(settings, sizes, strict=True)

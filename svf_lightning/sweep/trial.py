@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import yaml
@@ -86,11 +85,6 @@ class Trial:
         what = entry["values"], tuple(entry["varied"]), tuple(entry["args"])
         run_dir = Path(entry["run_dir"]) if "run_dir" in entry else None
         return cls(*what, entry.get("sweep", ""), run_dir, entry.get("config", ""))
-
-
-def class_of(entry: Mapping[str, Any]) -> object:
-    """The class that an entry of the settings names by its ``class_path``."""
-    return locate(entry["class_path"])
 
 
 def as_cell(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from svf_lightning.arguments import class_of
 from svf_lightning.callbacks import RowSink, TrajectoryWriter
 from svf_lightning.callbacks.base import Driver, Status
 from svf_lightning.errors import TakenAwayError
@@ -25,7 +26,7 @@ from svf_lightning.run.identity import metric_identity, wandb_name
 from svf_lightning.run.lineage import SETTINGS
 from svf_lightning.run.settings import Experiment
 from svf_lightning.run.summary import Result, summarize
-from svf_lightning.sweep.trial import Trial, class_of
+from svf_lightning.sweep.trial import Trial
 from svf_lightning.toy.optimizer import InstanceAdam
 from svf_lightning.trajectory import TrajectoryStore
 from svf_lightning.wandb_logger import RunLogger

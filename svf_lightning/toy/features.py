@@ -175,7 +175,7 @@ class ToyData(pl.LightningDataModule):
             self._draws_of_seed[draw_seed].append((j, kind))
 
     def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "J B m1 N"]:
-        """The activations of one step [J, B, 1 + m, N], float32 in [0, 1)."""
+        """The activations of one step [J, B, 1 + m, N], float32 in [0, 1]."""
         shape = (self.batch_size, 1 + self.context_length, self.n_features)
         f = torch.empty(self.n_draws, *shape, device=device)
         for seed, draws in self._draws_of_seed.items():

@@ -9,15 +9,21 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from svf_lightning.errors import InputError
-from svf_lightning.metrics import compare_heads, sign_flip_p
+from svf_lightning.metrics import compare_heads, sign_flips
 from svf_lightning.metrics.head_tests import LEVEL
+
+
+def sign_flip_p(x):
+    return sign_flips(x).above
 
 
 @given(n=st.integers(1, 9), shift=st.floats(-1, 1), seed=st.integers(0, 99))
 def test_p_is_the_share_of_all_sign_flips_with_as_large_a_mean(n, shift, seed):
     x = np.random.default_rng(seed).normal(size=n) + shift
     flips = [(np.array(signs) * x).mean() for signs in itertools.product([1, -1], repeat=n)]
-    assert sign_flip_p(x) == pytest.approx(np.mean(np.array(flips) >= x.mean() - 1e-12))
+    assert sign_flips(x).above == pytest.approx(np.mean(np.array(flips) >= x.mean() - 1e-12))
+    assert sign_flips(x).below == pytest.approx(np.mean(np.array(flips) <= x.mean() + 1e-12))
+    assert sign_flips(-x).above == pytest.approx(float(sign_flips(x).below))
 
 
 def test_p_is_that_of_scipy_for_many_rows_at_once_and_whatever_the_order_of_the_sum():
