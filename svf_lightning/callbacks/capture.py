@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from svf_lightning.callbacks.base import Driver, Measured, ProbeMetric, RowSink, Status, class_path, quantities_of
-from svf_lightning.errors import DivergedError, InputError, TakenAwayError
+from svf_lightning.errors import CheckpointError, DivergedError, InputError, TakenAwayError
 from svf_lightning.metrics import InstanceMean
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Quantity
@@ -188,13 +188,12 @@ class Capture(Driver, default=True):
         """One row for each step that the module's probe stands for; batches of one step share a row.
 
         A row whose parts are counted (``probe.part``) is measured and written with its last part. A batch whose step
-        gave None shows nothing.
+        gave None shows nothing. A checkpoint that a metric cannot look into (CheckpointError) has no row; a module that
+        has a method ``give_up(error)`` goes on with the others.
         """
         STOP.check()
         if outputs is None:
-            if self._pending is not None and self._pending.probe.part is not None:
-                self._measure([self._pending])  # of a checkpoint that failed midway; so metrics forget its parts
-                self._pending = None
+            self._forget_parts()
             return
         with torch.inference_mode():
             probe = pl_module.probe()  # type: ignore[operator]
@@ -206,11 +205,25 @@ class Capture(Driver, default=True):
             self._pending.average_losses(outputs)
             if probe.part is None:
                 return
-            for metric in self._metrics:
-                metric.observe(probe)
+            try:
+                for metric in self._metrics:
+                    metric.observe(probe)
+            except CheckpointError as error:
+                self._forget_parts()
+                give_up: Any = getattr(pl_module, "give_up", None)
+                if give_up is None:
+                    raise
+                give_up(error)
+                return
         if probe.part[0] + 1 == probe.part[1]:
             self._commit(trainer)
             self.flush(trainer)
+
+    def _forget_parts(self) -> None:
+        """Leave out a checkpoint that failed midway; metrics forget its parts as they measure them."""
+        if self._pending is not None and self._pending.probe.part is not None:
+            self._measure([self._pending])
+            self._pending = None
 
     def on_evaluation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish; where several devices share the work, when all have."""

@@ -337,6 +337,11 @@ class CheckpointReplay(pl.LightningModule):
 
         return self._make_probe(current, scores, again, decompose, find_firings, read_tokens, batch.part)
 
+    def give_up(self, error: CheckpointError) -> None:
+        """Write down that what a metric saw of the present checkpoint cannot be trusted; the others go on."""
+        assert self._current is not None
+        self._fail(self._current.loaded.ref, error)
+
     def _fail(self, ref: CheckpointRef, error: Exception) -> None:
         """Write down that a checkpoint failed; the others go on."""
         self._ledger.record(Entry(ref.step, ref.name, "failed", error=one_line(error)))

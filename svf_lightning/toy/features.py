@@ -68,6 +68,12 @@ class _Draw(NamedTuple):
     decay: float
     correlation: float
 
+    def probabilities(self, n_features: int) -> float | Float[Tensor, " N"]:
+        """Probability that a feature is active: one for all, or one each."""
+        if not self.decay:
+            return self.probability
+        return self.probability * torch.arange(1, n_features + 1, dtype=torch.float64) ** -self.decay
+
 
 class ToyData(pl.LightningDataModule):
     """Endless training draws, and held-out draws for ``validate`` and ``test``.
@@ -170,9 +176,9 @@ class ToyData(pl.LightningDataModule):
         if draw_of != [i // per_draw for i in range(n_instances)]:  # the groups are unequal
             distinct = settings
         self.n_draws = len(distinct)
-        self._draws_of_seed: dict[int, list[tuple[int, _Draw]]] = {seed: [] for seed, _ in distinct}
+        self._draws_of_seed: dict[int, list[tuple[int, float | Tensor, float]]] = {seed: [] for seed, _ in distinct}
         for j, (draw_seed, kind) in enumerate(distinct):
-            self._draws_of_seed[draw_seed].append((j, kind))
+            self._draws_of_seed[draw_seed].append((j, kind.probabilities(self.n_features), kind.correlation))
 
     def draw(self, step: int, *, device: torch.device | str = "cpu", stream: int = _TRAIN) -> Float[Tensor, "J B m1 N"]:
         """The activations of one step [J, B, 1 + m, N], float32 in [0, 1]."""
@@ -182,21 +188,14 @@ class ToyData(pl.LightningDataModule):
             generator = keyed_generator(seed, stream, step, device=device)
             uniform = torch.rand(shape, generator=generator, device=device)
             shared = None
-            for j, kind in draws:
+            for j, p, correlation in draws:
                 own = uniform
-                if kind.correlation:
+                if correlation:
                     if shared is None:  # drawn after all others, which are what they are without it
                         shared = torch.randn(shape[:-1], generator=generator, device=device)
-                    own = correlated_uniform(uniform, shared, kind.correlation)
-                sparse_activations(own, self._probabilities(kind), out=f[j])
+                    own = correlated_uniform(uniform, shared, correlation)
+                sparse_activations(own, p, out=f[j])
         return f
-
-    def _probabilities(self, kind: _Draw) -> float | Float[Tensor, " N"]:
-        """Probability that a feature is active: one for all, or one each."""
-        if not kind.decay:
-            return kind.probability
-        ranks = torch.arange(1, self.n_features + 1, dtype=torch.float64)
-        return kind.probability * ranks**-kind.decay
 
     def _per_instance(self, f: Float[Tensor, "J ..."]) -> Float[Tensor, "I ..."]:
         """What each instance sees, or [1, ...] where all see the same."""

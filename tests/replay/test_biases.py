@@ -28,6 +28,13 @@ each_family = pytest.mark.parametrize("family", BIASED)
 LAYER, HEAD, PROMPT = 1, 3, 2
 
 
+def looked_at(family, **options):
+    """A model, its heads, and what a pass over the prompts leaves."""
+    model = bridge(family)
+    space = HeadSpace(model, **options)
+    return model, space, space.observe(tokens(), QUERY)
+
+
 def own_scores(model):
     return cached(model, "attn.hook_attn_scores")[:, BATCH, :, QUERY].permute(1, 2, 0, 3)
 
@@ -49,9 +56,7 @@ def parts_by_hand(model, key: int):
 @each_apart
 @each_family
 def test_contributions_and_what_is_left_beside_them_are_the_models_own_scores(family, biases, basis):
-    model = bridge(family)
-    space = HeadSpace(model, rope_basis=basis, biases=biases)
-    observed = space.observe(tokens(), QUERY)
+    model, space, observed = looked_at(family, rope_basis=basis, biases=biases)
     contributions, scores = space.decompose(observed, KEY)
     seen = observed.is_key[:, None].expand(-1, space.n_heads, -1, -1)
     difference = (capped(model, scores) - own_scores(model))[seen].abs().max()
@@ -64,9 +69,7 @@ def test_contributions_and_what_is_left_beside_them_are_the_models_own_scores(fa
 @each_basis
 @each_family
 def test_with_separate_biases_singular_pairs_make_up_the_product_of_what_the_weights_alone_give(family, basis):
-    model = bridge(family)
-    space = HeadSpace(model, rope_basis=basis, biases="separate")
-    observed = space.observe(tokens(), QUERY)
+    model, space, observed = looked_at(family, rope_basis=basis, biases="separate")
     contributions, _ = space.decompose(observed, KEY)
     for key in range(int(QUERY[PROMPT]) + 1):
         q, k, *_, scale = parts_by_hand(model, key)
@@ -76,9 +79,7 @@ def test_with_separate_biases_singular_pairs_make_up_the_product_of_what_the_wei
 @each_basis
 @each_family
 def test_what_biases_add_is_kept_for_relative_and_for_raw_scores(family, basis):
-    model = bridge(family)
-    space = HeadSpace(model, rope_basis=basis, biases="separate")
-    observed = space.observe(tokens(), QUERY)
+    model, space, observed = looked_at(family, rope_basis=basis, biases="separate")
     attended = space.attended(observed, KEY)
     of_biases = []
     for key in range(int(QUERY[PROMPT]) + 1):
@@ -103,9 +104,7 @@ def test_what_biases_add_is_kept_for_relative_and_for_raw_scores(family, basis):
 @each_apart
 @each_family
 def test_attended_scores_and_the_rest_are_the_models_relative_scores(family, biases, basis):
-    model = bridge(family)
-    space = HeadSpace(model, rope_basis=basis, biases=biases)
-    observed = space.observe(tokens(), QUERY)
+    model, space, observed = looked_at(family, rope_basis=basis, biases=biases)
     attended = space.attended(observed, KEY)
     found = attended.contributions.sum(-1) + (0 if attended.bias is None else attended.bias)
     assert (attended.bias is None) == (biases == "pseudo_inverse")
@@ -117,9 +116,8 @@ def test_attended_scores_and_the_rest_are_the_models_relative_scores(family, bia
 
 @each_family
 def test_moved_through_pseudo_inverses_they_belong_to_tokens_in_the_dense_singular_basis(family):
-    model = bridge(family)
-    space = HeadSpace(model, rope_basis="fixed", biases="pseudo_inverse")
-    contributions, _ = space.decompose(space.observe(tokens(), QUERY), KEY)
+    model, space, observed = looked_at(family, rope_basis="fixed", biases="pseudo_inverse")
+    contributions, _ = space.decompose(observed, KEY)
     W_Q, W_K = (W.double().detach().numpy()[:, :-1] for W in weights(model, LAYER, HEAD))
     scale = model.blocks[LAYER].attn.original_component.scaling
     U, S, Vt = np.linalg.svd(W_Q.T @ W_K * scale)

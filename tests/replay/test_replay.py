@@ -13,7 +13,14 @@ from helpers.models import random_model
 from helpers.replays import STEPS, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svf_lightning.callbacks import AttentionOverWords, CausalAblation, FeatureOrthogonality, NearestFeature
+from svf_lightning.callbacks import (
+    AttentionOverWords,
+    CausalAblation,
+    FeatureOrthogonality,
+    Firings,
+    NearestFeature,
+    ProbeMetric,
+)
 from svf_lightning.errors import InputError
 from svf_lightning.metrics import relative_attention, sparseness
 from svf_lightning.quantities import stored_quantities
@@ -160,6 +167,28 @@ def test_a_checkpoint_that_fails_is_recorded_and_the_next_call_tries_only_what_i
     third = Recorded(own_suite)
     replay(third, run_dir)
     assert third.events == []
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_checkpoint_that_a_metric_cannot_trust_is_recorded_and_the_others_are_as_without_it(suite, tmp_path, part):
+    class Doubtful(ProbeMetric):
+        def observe(self, probe):
+            if int(probe.step) == 2 and probe.part[0] == part:
+                raise CheckpointError("what the heads of layer 0 read overflows")
+
+        def measure(self, probe):
+            return {}
+
+    source = FolderCheckpoints(str(suite))
+    callbacks = (Doubtful(), CausalAblation(n_removed=2, report=(1, 2)), Firings(n_draws=2))
+    rows = replay(source, tmp_path / "one", callbacks=callbacks)
+    entries = {entry.step: entry for entry in Ledger(tmp_path / "one").entries()}
+    assert entries[2].status == "failed"
+    assert entries[2].error == "what the heads of layer 0 read overflows"
+    whole = replay(source, tmp_path / "two", callbacks=callbacks[1:])
+    assert rows.step.values.tolist() == [0, 1, 4, 8]
+    for name in ("sad/sparseness", "firings/count", "causal/attention"):
+        np.testing.assert_array_equal(rows[name], whole[name].sel(step=rows.step))
 
 
 def test_weights_that_are_not_finite_are_a_failed_checkpoint(own_suite, tmp_path):

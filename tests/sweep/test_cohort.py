@@ -184,3 +184,16 @@ def test_own_learning_rates_are_those_of_adam(tmp_path):
                 p.grad = grad[i]
                 other.step()
         torch.testing.assert_close(own.detach(), torch.stack([p.detach() for p in theirs]), rtol=1e-5, atol=1e-6)
+
+
+def test_trials_of_an_earlier_version_which_lack_newer_settings_train_together(trial):
+    settings = [yaml.safe_load(trial(name, *DIFFERENT[name]).config) for name in ("lambda", "probability")]
+    expected = merged(settings)
+    later = ("frequency_decay", "feature_correlation")
+    for one in settings:
+        for name in later:
+            one["data"].pop(name)
+    assert signature(settings[0]) == signature(settings[1])
+    found = merged(settings)
+    assert {k: v for k, v in expected["data"].items() if k not in later} == found["data"]
+    assert found["model"] == expected["model"]
