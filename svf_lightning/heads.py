@@ -7,7 +7,7 @@ decomposed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from svf_lightning.bridged import AttentionLayer, attention_layers, check_scale
 from svf_lightning.errors import bad_value
 
+PARTS = ("W_Q", "W_K", "b_Q", "b_K", "c_Q", "c_K")  # tensors of AttentionHeads
 BLOCK = 2**19  # entries of W_Q per block: the intermediate results of a block stay in a core's cache
 
 
@@ -43,6 +45,9 @@ class AttentionHeads:
         b_Q: Query bias [..., H], or None. A bias enters the bilinear form as one more coordinate, whose input is 1.
         b_K: Key bias [..., H], or None.
         scale: Factor of the scores: 1 in the toy model, 1/sqrt(H) in a transformer.
+        c_Q: Bias of the queries after a norm (LayerNorm on q) [..., H], or None. It is a coordinate of its own: its
+            input is 1, while W_Q and b_Q have the token's scalar, as the norm divides them.
+        c_K: The same of the keys.
 
     Raises:
         InputError: The shapes do not fit each other.
@@ -53,6 +58,8 @@ class AttentionHeads:
     b_Q: Float[Tensor, "... H"] | None = None
     b_K: Float[Tensor, "... H"] | None = None
     scale: float = 1.0
+    c_Q: Float[Tensor, "... H"] | None = None
+    c_K: Float[Tensor, "... H"] | None = None
 
     def __post_init__(self) -> None:
         if self.W_Q.ndim < 2 or self.W_Q.shape != self.W_K.shape:
@@ -62,7 +69,8 @@ class AttentionHeads:
                 f"[..., H, D], the shape of W_Q, which is {tuple(self.W_Q.shape)}",
                 "repeat shared key heads so that each query head has its own W_K",
             )
-        for name, bias in (("b_Q", self.b_Q), ("b_K", self.b_K)):
+        for name in ("b_Q", "b_K", "c_Q", "c_K"):
+            bias = getattr(self, name)
             if bias is not None and bias.shape != self.W_Q.shape[:-1]:
                 raise bad_value(
                     f"{name}.shape",
@@ -75,42 +83,61 @@ class AttentionHeads:
     def from_bridge(cls, bridge: Any) -> AttentionHeads:
         """All heads of a TransformerLens ``TransformerBridge``, as [layer, head, ...], on the bridge's device.
 
-        Shared key heads (grouped queries) are repeated, one for each query head; the scale is the model's own. Rotary
-        positions are left out: this is the form of a query and a key at the same position (offset 0). Weights are
-        those of the bridge's present processing: after ``enable_compatibility_mode()`` the normalization is folded in.
+        Shared key heads (grouped queries) are repeated, one for each query head; the scale is the model's own. If layers
+        have different ones, the scale is that of the first, and W_Q and b_Q of the others hold what is left of theirs.
+        Blocks without attention are left out. Rotary positions are left out too: this is the form of a query and a key
+        at the same position (offset 0). Weights are those of the bridge's present processing: after
+        ``enable_compatibility_mode()`` the normalization is folded in. So are gains and centring of a norm of queries
+        and keys (QK-norm); what it divides by is one number per token, which is no part of a head.
 
         Raises:
-            InputError: The model has no attention that is bilinear in the normalized residual stream.
+            InputError: A layer's scores are no bilinear form; the message says which term is in the way.
         """
-        attentions = bridge_attentions(bridge)
-        scales = {attention_scale(attention) for attention in attentions}
-        if len(scales) > 1:
-            raise bad_value("scale", sorted(scales), "one for all layers", "look at one layer at a time")
-        W_Q, W_K = (w.detach().mT for w in (bridge.W_Q, bridge.W_K))
-        b_Q, b_K = (_stacked_bias(attentions, name) for name in ("b_Q", "b_K"))
-        repeats = W_Q.shape[1] // W_K.shape[1]
-        return cls(
-            W_Q,
-            W_K.repeat_interleave(repeats, dim=1),
-            b_Q,
-            None if b_K is None else b_K.repeat_interleave(repeats, dim=1),
-            scale=scales.pop(),
-        )
+        return cls.from_layers(attention_layers(bridge))
+
+    @classmethod
+    def from_layers(cls, layers: list[AttentionLayer]) -> AttentionHeads:
+        """The same, of attention layers that were read already."""
+        scale = check_scale([layer.scale for layer in layers])
+        parts = [layer.factors() for layer in layers]
+        relative = [layer.scale / scale for layer in layers]
+        stacked = {
+            name: _stacked([part[name] for part in parts], relative if name.endswith("Q") else None) for name in PARTS
+        }
+        repeats = len(layers[0].W_Q) // len(layers[0].W_K)
+        of_keys = {
+            name: None if part is None else part.repeat_interleave(repeats, dim=1)
+            for name, part in stacked.items()
+            if name.endswith("K")
+        }
+        return cls(**{**stacked, **of_keys}, scale=scale)  # type: ignore[arg-type]
 
     @property
     def has_bias(self) -> bool:
-        """True if the bilinear form has the extra bias coordinate (D -> D + 1)."""
-        return self.b_Q is not None or self.b_K is not None
+        """True if the bilinear form has coordinates beside those of the residual stream (D -> D + 1 or more)."""
+        return self.n_constants > 0
+
+    @property
+    def n_constants(self) -> int:
+        """Number of these coordinates: one for biases, and one for biases after a norm of queries or keys."""
+        return sum(self._has(kind) for kind in "bc")
+
+    def _has(self, kind: str) -> bool:
+        return any(getattr(self, f"{kind}_{side}") is not None for side in "QK")
+
+    def without_biases(self) -> AttentionHeads:
+        """The same heads, as a form on the residual stream alone."""
+        return replace(self, b_Q=None, b_K=None, c_Q=None, c_K=None)
 
     def factors(self) -> tuple[Float[Tensor, "... H D"], Float[Tensor, "... H D"]]:
-        """W_Q and W_K with the biases as a last column, if there are any (D -> D + 1)."""
-        if not self.has_bias:
-            return self.W_Q, self.W_K
-        columns = [torch.zeros_like(self.W_Q[..., 0]) if b is None else b for b in (self.b_Q, self.b_K)]
-        return (
-            torch.cat([self.W_Q, columns[0][..., None]], dim=-1),
-            torch.cat([self.W_K, columns[1][..., None]], dim=-1),
-        )
+        """W_Q and W_K with the biases as last columns, if there are any: first b, then c."""
+        sides = []
+        for side in "QK":
+            W = getattr(self, f"W_{side}")
+            columns = [getattr(self, f"{kind}_{side}") for kind in "bc" if self._has(kind)]
+            whole = [torch.zeros_like(W[..., 0]) if column is None else column for column in columns]
+            sides.append(torch.cat([W, torch.stack(whole, dim=-1)], dim=-1) if whole else W)
+        return sides[0], sides[1]
 
     @torch.no_grad()
     def svd(self) -> HeadSVD:
@@ -143,44 +170,15 @@ class AttentionHeads:
         return ((self.W_Q @ x) * (self.W_K @ y)).sum(-2) * self.scale
 
 
-def bridge_attentions(bridge: Any) -> list[Any]:
-    """The attention components of a ``TransformerBridge``, layer by layer.
-
-    Raises:
-        InputError: A layer has no attention, or it normalizes queries and keys after their projection (QK-norm): then
-            scores are no bilinear form of the residual stream, and there is nothing to decompose.
-    """
-    model = getattr(bridge.cfg, "architecture", None) or type(bridge).__name__
-    attentions = []
-    for layer, block in enumerate(bridge.blocks):
-        attention = getattr(block, "attn", None)
-        if attention is None:
-            raise bad_value(f"layer {layer} of {model}", "no attention", "layers with attention", "use another model")
-        if "q_norm" in attention.submodules:
-            raise bad_value(
-                f"layer {layer} of {model}",
-                "QK-norm",
-                "attention whose scores are bilinear in the residual stream",
-                "use a model without normalization of queries and keys",
-            )
-        attentions.append(attention)
-    return attentions
-
-
-def attention_scale(attention: Any) -> float:
-    """Factor of the scores of a bridge's attention: what the model itself says, else 1/sqrt(d_head)."""
-    original = attention.original_component
-    scaling = getattr(original, "scaling", None)
-    return float(attention.config.d_head**-0.5 if scaling is None else scaling)
-
-
-def _stacked_bias(attentions: list[Any], name: str) -> Tensor | None:
-    """Biases [layer, head, H], zeros in layers that have none; None if no layer has any."""
-    biases = [getattr(attention, name) for attention in attentions]
-    present = next((b for b in biases if b is not None), None)
+def _stacked(parts: list[Tensor | None], factors: list[float] | None) -> Tensor | None:
+    """Layers' weights or biases as one tensor [layer, ...], each times a factor; zeros where a layer has none."""
+    present = next((part for part in parts if part is not None), None)
     if present is None:
         return None
-    return torch.stack([torch.zeros_like(present) if b is None else b.detach() for b in biases])
+    whole = torch.stack([torch.zeros_like(present) if part is None else part for part in parts])
+    if factors is None or set(factors) == {1.0}:
+        return whole
+    return whole * torch.tensor(factors).to(whole).view(-1, *(1,) * (whole.ndim - 1))
 
 
 def _svd_from_gram(

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from svf_lightning.errors import bad_value
-from svf_lightning.heads import AttentionHeads, HeadSVD
+from svf_lightning.heads import PARTS, AttentionHeads, HeadSVD
 
 _T = TypeVar("_T")
 
@@ -55,6 +55,8 @@ class AttendedScores:
         bias: What biases add to the relative score beside the singular pairs, if they are no part of them [..., n]
             (optional).
         raw_bias: The same of the raw score [..., n] (optional).
+        position: What positions add to the relative score beside the bilinear form (ALiBi) [..., n] (optional).
+        raw_position: The same of the raw score [..., n] (optional).
     """
 
     query: Float[Tensor, "... n R"]
@@ -68,6 +70,8 @@ class AttendedScores:
     raw_direction: Float[Tensor, "... n R"] | None = None
     bias: Float[Tensor, "... n"] | None = None
     raw_bias: Float[Tensor, "... n"] | None = None
+    position: Float[Tensor, "... n"] | None = None
+    raw_position: Float[Tensor, "... n"] | None = None
 
     def taken(self, scores: Scores) -> AttendedScores:
         """The same with ``key`` and ``direction`` of relative scores ("relative", as they are) or of raw ones ("raw").
@@ -81,7 +85,13 @@ class AttendedScores:
             raise bad_value(
                 "scores", scores, "'relative' for a module that shows no raw scores", "scores=relative, or a replay"
             )
-        return replace(self, key=self.raw_key, direction=self.raw_direction, bias=self.raw_bias)
+        return replace(
+            self,
+            key=self.raw_key,
+            direction=self.raw_direction,
+            bias=self.raw_bias,
+            position=self.raw_position,
+        )
 
     def at_steps(self, chosen: Bool[Tensor, " K"]) -> AttendedScores:
         """Scores of some of the K steps that the first dimension counts."""
@@ -299,11 +309,11 @@ class Probe:
         return features.reshape(*features.shape[:-2], *(1,) * missing, *features.shape[-2:])
 
     def in_forms(self, features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D1 N"]:
-        """As :meth:`for_heads`, with a bias coordinate of 0 where the heads' bilinear forms have one (D -> D + 1)."""
+        """As :meth:`for_heads`, with 0 at the coordinates of biases that the heads' bilinear forms have (D -> D + 1)."""
         features = self.for_heads(features)
         if self.heads is None or not self.heads.has_bias:
             return features
-        return torch.cat([features, torch.zeros_like(features[..., :1, :])], dim=-2)
+        return torch.nn.functional.pad(features, (0, 0, 0, self.heads.n_constants))
 
     @property
     def is_on_cpu(self) -> bool:
@@ -316,7 +326,7 @@ class Probe:
         return sum(t.nbytes for t in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
-        heads = (self.heads.W_Q, self.heads.W_K, self.heads.b_Q, self.heads.b_K) if self.heads else ()
+        heads = (getattr(self.heads, name) for name in PARTS) if self.heads else ()
         observed = (getattr(self, name) for name in _OBSERVED)
         return [t for t in (*heads, *observed) if t is not None]
 
@@ -338,9 +348,9 @@ class Probe:
             return self.scores
         svd = self.svd
         query, key = (self.for_heads(t) for t in (self.attended_queries, self.attended_keys))
-        if self.heads.has_bias:  # the bias coordinate: 1 for a token, 0 for a difference of tokens
-            query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
-            key = torch.cat([key, torch.zeros_like(key[..., :1])], dim=-1)
+        if self.heads.has_bias:  # coordinates of biases: 1 for a token, 0 for a difference of tokens
+            query = torch.nn.functional.pad(query, (0, self.heads.n_constants), value=1.0)
+            key = torch.nn.functional.pad(key, (0, self.heads.n_constants))
         direction = key @ svd.V
         S = svd.S[..., None, :]
         return AttendedScores(query @ svd.U, direction * S, direction, S)
@@ -353,7 +363,7 @@ class Probe:
         """The same probe with its tensors changed alike; not checked again, as this is on the path of every step."""
         heads = self.heads
         if heads is not None:
-            heads = _copy_with(heads, {name: change(getattr(heads, name)) for name in ("W_Q", "W_K", "b_Q", "b_K")})
+            heads = _copy_with(heads, {name: change(getattr(heads, name)) for name in PARTS})
         tensors = {name: change(getattr(self, name)) for name in _OBSERVED}
         return _copy_with(self, {"heads": heads, **tensors})
 
@@ -368,13 +378,7 @@ class Probe:
         heads = None
         if first.heads is not None:
             parts = [p.heads for p in probes if p.heads is not None]
-            heads = replace(
-                first.heads,
-                W_Q=_stack([h.W_Q for h in parts]),
-                W_K=_stack([h.W_K for h in parts]),
-                b_Q=_stack([h.b_Q for h in parts]),
-                b_K=_stack([h.b_K for h in parts]),
-            )
+            heads = replace(first.heads, **{name: _stack([getattr(h, name) for h in parts]) for name in PARTS})
         logits = first.pair_logits
         return replace(
             first,

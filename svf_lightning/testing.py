@@ -27,7 +27,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from svf_lightning.callbacks import FeatureOrthogonality, Measured, ProbeMetric, SVDAlignment, quantities_of
-from svf_lightning.heads import AttentionHeads
+from svf_lightning.heads import PARTS, AttentionHeads
 from svf_lightning.probe import (
     AllKeys,
     AttendedScores,
@@ -384,5 +384,5 @@ def _tensors_of(probe: Probe) -> dict[str, Tensor]:
         "attended_keys": probe.attended_keys,
     }
     if probe.heads is not None:
-        tensors |= {"W_Q": probe.heads.W_Q, "W_K": probe.heads.W_K, "b_Q": probe.heads.b_Q, "b_K": probe.heads.b_K}
+        tensors |= {name: getattr(probe.heads, name) for name in PARTS}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ class Capacity(ProbeMetric):
         query, key = probe.pairs[:, 0], probe.pairs[:, 1]
         T = W.new_zeros(*target.shape[:-1], W.shape[-1], W.shape[-1])
         T[..., query, key] = target
-        heads = replace(probe.heads, b_Q=None, b_K=None)
+        heads = probe.heads.without_biases()
         rank = min(heads.W_Q.shape[-2:])
         best, unlimited = best_of_rank(W, T, W, rank), best_of_rank(W, T, W, min(W.shape[-2:]))
         eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(best.omega)

@@ -226,7 +226,7 @@ class Firings(ProbeMetric):
         if self._seen is None:
             heads = probe.heads
             *shape, d_head, d_model = heads.W_Q.shape
-            self._seen = _Counts(tuple(shape), min(d_head, d_model + heads.has_bias), heads.W_Q.device)
+            self._seen = _Counts(tuple(shape), min(d_head, d_model + heads.n_constants), heads.W_Q.device)
         probe.find_firings(self._rule, self._add)
 
     def measure(self, probe: Probe) -> Measurement:

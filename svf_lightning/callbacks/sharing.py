@@ -6,7 +6,7 @@ import torch
 
 from svf_lightning.callbacks.base import Measurement, ProbeMetric
 from svf_lightning.errors import bad_value
-from svf_lightning.heads import AttentionHeads
+from svf_lightning.heads import PARTS, AttentionHeads
 from svf_lightning.metrics import align_pairs, cosine_matrix
 from svf_lightning.probe import Probe
 from svf_lightning.quantities import Place, Quantity
@@ -144,5 +144,6 @@ class HeadSharing(ProbeMetric):
 
 def _together(heads: AttentionHeads) -> AttentionHeads:
     """The sum of the forms of several heads, the last leading dimension: one head with the rows of all."""
-    b_Q, b_K = (None if bias is None else bias.flatten(-2) for bias in (heads.b_Q, heads.b_K))
-    return AttentionHeads(heads.W_Q.flatten(-3, -2), heads.W_K.flatten(-3, -2), b_Q, b_K, scale=heads.scale)
+    biases = {name: getattr(heads, name) for name in PARTS[2:]}
+    flat = {name: None if bias is None else bias.flatten(-2) for name, bias in biases.items()}
+    return AttentionHeads(heads.W_Q.flatten(-3, -2), heads.W_K.flatten(-3, -2), scale=heads.scale, **flat)

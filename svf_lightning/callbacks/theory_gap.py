@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -113,7 +112,7 @@ class TheoryGap(ProbeMetric):
         if probe.heads is None or probe.features is None or probe.pair_logits is None or len(probe.pairs) == 0:
             return {}
         W = probe.for_heads(probe.features)
-        svd = replace(probe.heads, b_Q=None, b_K=None).svd() if probe.heads.has_bias else probe.svd
+        svd = probe.heads.without_biases().svd() if probe.heads.has_bias else probe.svd
         T = W.new_zeros(*probe.pair_logits.shape[:-1], W.shape[-1], W.shape[-1])
         T[..., probe.pairs[:, 0], probe.pairs[:, 1]] = probe.pair_logits
         best = optimal_omega(W, T, W)

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from svf_lightning.bridged import fold_when_read
 from svf_lightning.errors import InputError, bad_value, reason
+from svf_lightning.replay.taps import open_softmax
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
 
 Processing = Literal["folded", "raw"]
 _FOLDED, _FOLDED_ROUNDINGS = 1e-4, 8.0  # how far a folded norm may be from a plain one: this, or roundings of its type
+
+# Architectures that TransformerLens 4.3 does not fold, or folds into another model (benchmarks/families.py finds them):
+# here W_Q and W_K are read with the norm folded into them, and the model stays as it is.
+_FOLDED_WHEN_READ = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        "Afmoe Bamba BitNet FalconH1 Glm Glm4 GptOss Laguna ModernBertDecoder Nemotron Qwen3Next Qwen3_5 Qwen3_5Moe "
+        "VaultGemma"
+    ).split()
+) | {"OpenAIGPTLMHeadModel"}
 
 
 def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") -> TransformerBridge:
@@ -29,7 +41,8 @@ def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") ->
     Args:
         model: A causal language model of transformers, on its device.
         processing: "folded": normalization folded into the weights and writing weights centred, as the paper has it;
-            "raw": weights as they were trained. Singular vectors differ between the two.
+            "raw": weights as they were trained. Singular vectors differ between the two. Architectures that
+            TransformerLens does not fold are folded where their weights are read (AttentionHeads.from_bridge).
 
     Raises:
         InputError: An unknown processing, or an architecture that TransformerLens does not support.
@@ -47,7 +60,10 @@ def make_bridge(model: PreTrainedModel, *, processing: Processing = "folded") ->
         try:
             model.set_attn_implementation("eager")
             bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
-            if processing == "folded":
+            open_softmax(bridge)
+            if processing == "folded" and architecture in _FOLDED_WHEN_READ:
+                fold_when_read(bridge)
+            elif processing == "folded":
                 bridge.enable_compatibility_mode(disable_warnings=True)
         except Exception as error:  # whatever it stumbles over; some architectures end in a bare assertion
             raise InputError(
@@ -70,6 +86,8 @@ def check_folded(bridge: TransformerBridge, tokens: Int[Tensor, "batch n"]) -> N
     Raises:
         InputError: TransformerLens left the normalization as it was, as where it multiplies by 1 + weight.
     """
+    if type(bridge.original_model).__name__ in _FOLDED_WHEN_READ:
+        return  # the norms are those of the heads' own reader
     normalized: dict[int, Tensor] = {}
     read: dict[int, Tensor] = {}
 

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from svf_lightning.replay.taps import Hooks
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 class LastToken(NamedTuple):

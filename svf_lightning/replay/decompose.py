@@ -23,17 +23,21 @@ cancels. Which of the three the authors of the papers take is not known here.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from svf_lightning.errors import CheckpointError, InputError, bad_value
-from svf_lightning.heads import AttentionHeads, HeadSVD, bridge_attentions, verified_qr, verified_svd
+from svf_lightning.bridged import AttentionLayer, attention_layers, model_name
+from svf_lightning.errors import InputError, bad_value
+from svf_lightning.heads import PARTS, AttentionHeads, HeadSVD, verified_qr, verified_svd
 from svf_lightning.probe import AttendedScores, FiringBatch, FiringRule, Side
+from svf_lightning.replay.firings import FiringFinder
+from svf_lightning.replay.observed import Observed, check_positions, check_range, checked_keys, off, overflow, tolerance
+from svf_lightning.replay.taps import Shown, Taps
 from svf_lightning.rotary import Layout, rotate
 
 if TYPE_CHECKING:
@@ -41,26 +45,31 @@ if TYPE_CHECKING:
 
 RopeBasis = Literal["offset", "fixed"]
 Biases = Literal["appended", "separate", "pseudo_inverse"]
-Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 _KEPT_OFFSETS = 8  # SVDs of cores kept at a time; few suffice, as prompts are sorted by offset
 _COORDINATES = ("query", "key", "direction", "S", "raw_key", "raw_direction")
-_KEPT_BYTES = 2**28  # of the SVDs of single heads that firings are decomposed with
 _ORTHONORMAL = 1e-9  # largest deviation of Q from orthonormal, in float64; Q is used in float32
 _FULL_RANK = 1e-6  # smallest singular value of a factor whose pseudo-inverse is used, relative to the largest
-# How far rebuilt scores may be from the model's own: this much of the largest score of a head, and 8 rounding errors of
-# the scores' type at least (0.008 in float16, 0.06 in bfloat16). Those of right models were measured to be off by 0.7
-# to 1.7 rounding errors in these two, and by 2 to 5 in float32.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_ROUNDINGS = 8.0
 _NOT_BILINEAR = 1e-2  # from here on, a difference does not come from rounding: the scores have another form
 
 
-class Decomposition(NamedTuple):
-    """Scores of one query per prompt, as sums over singular pairs."""
+@dataclass(frozen=True)
+class Decomposition:
+    """Scores of one query per prompt, as sums over singular pairs; unpacks into contributions and scores.
 
-    contributions: Float[Tensor, "layer head batch n R"]  # c_jk, 0 at positions that are no keys of the query
-    scores: Float[Tensor, "layer head batch n"]  # their sums: before the softmax and before a soft cap
+    Args:
+        contributions: c_jk, 0 at positions that are no keys of the query.
+        scores: The model's own, before the softmax and before a soft cap; 0 there too.
+        position: ``scores`` minus the sum of the contributions: 0, but for terms that positions add to the scores
+            (ALiBi), which are part of no singular pair, and for biases that are kept beside the pairs.
+    """
+
+    contributions: Float[Tensor, "layer head batch n R"]
+    scores: Float[Tensor, "layer head batch n"]
+    position: Float[Tensor, "layer head batch n"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.contributions, self.scores))
 
 
 def decompose_attention(
@@ -81,48 +90,15 @@ def decompose_attention(
         key: Positions of the attended keys, 0..query.
 
     Returns:
-        Contributions [layer, head, batch, n, R] and scores [layer, head, batch, n], float32.
+        Contributions [layer, head, batch, n, R], scores and position terms [layer, head, batch, n], float32.
 
     Raises:
-        InputError: Positions out of range, or a model whose scores are not this bilinear form (QK-norm, ALiBi, ...):
-            every result is compared with the scores that the model itself computed, in every dtype.
+        InputError: Positions out of range, or a model whose scores are not this bilinear form: every result is compared
+            with the scores that the model itself computed, in every dtype.
         CheckpointError: Numbers beyond the range of the weights' dtype, or scores that differ by more than rounding.
     """
     space = HeadSpace(bridge)
     return space.decompose(space.observe(tokens, query), key)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one forward pass leaves behind: nothing of size [n, D].
-
-    Args:
-        query: Positions of the queries [batch].
-        logits: Next-token logits at the queries [batch, vocabulary].
-        x: Normalized residual at the query, with a 1 appended if the heads have biases; float32 at least
-            [layer, batch, D'].
-        keys: Key vectors before rotation, with their bias; float32 at least [layer, batch, n, key_head, H].
-        scores: The model's own scores of the query, after a soft cap, before the softmax [layer, head, batch, n].
-        pattern: The model's attention weights of the query [layer, head, batch, n].
-        rotation: cos and sin of the rotary embedding [layer, n, rotary], or None.
-        is_key: Keys that the query sees [layer, batch, n].
-    """
-
-    query: Int[Tensor, "batch"]
-    logits: Float[Tensor, "batch vocabulary"]
-    x: Float[Tensor, "layer batch D"]
-    keys: Float[Tensor, "layer batch n key_head H"]
-    scores: Float[Tensor, "layer head batch n"]
-    pattern: Float[Tensor, "layer head batch n"]
-    rotation: tuple[Tensor, Tensor] | None
-    is_key: Bool[Tensor, "layer batch n"]
-
-    def of_prompts(self, chosen: Int[Tensor, "m"]) -> Observed:
-        """The same of some prompts."""
-        by_prompt = {name: getattr(self, name)[chosen] for name in ("query", "logits")}
-        by_layer = {name: getattr(self, name)[:, chosen] for name in ("x", "keys", "is_key")}
-        by_head = {name: getattr(self, name)[:, :, chosen] for name in ("scores", "pattern")}
-        return replace(self, **by_prompt, **by_layer, **by_head)
 
 
 class HeadSpace:
@@ -146,33 +122,38 @@ class HeadSpace:
         check_rope_basis(rope_basis)
         check_biases(biases)
         self.bridge = bridge
-        attentions = bridge_attentions(bridge)
-        heads = _at_least_float32(AttentionHeads.from_bridge(bridge))
+        self.layers = attention_layers(bridge)
+        self.taps = Taps(bridge, self.layers)
+        heads = _at_least_float32(AttentionHeads.from_layers(self.layers))
         is_outside = biases != "appended" and heads.has_bias
-        b_Q, b_K = (None if b is None or not is_outside else b.double() for b in (heads.b_Q, heads.b_K))
-        self.heads = heads = replace(heads, b_Q=None, b_K=None) if is_outside else heads
+        whole, self.heads = heads, heads.without_biases() if is_outside else heads
+        heads = self.heads
         self.n_layers, self.n_heads, self.d_head = heads.W_Q.shape[:3]
-        self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.has_bias)
-        self._repeats = self.n_heads // bridge.W_K.shape[1]
-        self._is_rotary = getattr(bridge.cfg, "positional_embedding_type", None) == "rotary"
-        self.layout = _layout(bridge.cfg)
-        self.caps = [getattr(a.original_component, "attn_logit_softcapping", None) for a in attentions]
-        self._windows = _windows(bridge)
+        self.d_model = heads.W_Q.shape[-1]
+        self.rank = min(self.d_head, self.d_model + heads.n_constants)
+        self.repeats = self.n_heads // len(self.layers[0].W_K)
+        self.caps = [layer.cap for layer in self.layers]
+        gains = [layer.gain_in_place for layer in self.layers]
+        self._gain = None  # of norms between the rotations of two positions [layer, head, H]
+        if any(gain is not None for gain in gains):
+            ones = torch.ones_like(heads.W_Q[0, ..., 0])
+            self._gain = torch.stack([ones if gain is None else gain for gain in gains]).double()
         Q, A = [], []
         W_Q, W_K = heads.factors()
         for W in (W_Q, W_K):
             if not bool(torch.isfinite(W).all()):  # finite before normalization was folded in
-                raise _overflow("weights of the heads", bridge.cfg.dtype)
-        shared = W_K[:, :: self._repeats]  # QR once for all query heads that share the keys
+                raise overflow("weights of the heads", bridge.cfg.dtype)
+        shared = W_K[:, :: self.repeats]  # QR once for all query heads that share the keys
         for W in (W_Q, shared):
             # one layer at a time: float64 copies of all heads would be as large as a small model
             factors = [verified_qr(layer.mT.double(), tolerance=_ORTHONORMAL) for layer in W]
             Q.append([q.to(W) for q, _ in factors])
             A.append(torch.stack([a for _, a in factors]))
-        self._Q_q = torch.stack(Q[0])  # [layer, head, D', H]
-        self._A_q, self._A_k = A  # [layer, head, H, H] and [layer, key_head, H, H], float64
-        self._to_key = torch.linalg.pinv(self._A_k.mT)  # coordinates of a key in Q_k, from its key vector
-        self.is_fixed = self._is_rotary and rope_basis == "fixed"
+        self.Q_q = torch.stack(Q[0])  # [layer, head, D', H]
+        self.A_q, self.A_k = A  # [layer, head, H, H] and [layer, key_head, H, H], float64
+        self.to_key = torch.linalg.pinv(self.A_k.mT)  # coordinates of a key in Q_k, from its key vector
+        is_rotary = any(layer.is_rotary for layer in self.layers)
+        self.is_fixed = is_rotary and rope_basis == "fixed"
         moves_biases = is_outside and biases == "pseudo_inverse"
         for is_asked, name, value, fix in (
             (self.is_fixed, "rope_basis", "fixed", "--model.rope_basis=offset"),
@@ -181,16 +162,17 @@ class HeadSpace:
             if is_asked:
                 self._check_full_rank(name, value, fix)
         if self.is_fixed or moves_biases:
-            self._to_query = torch.linalg.pinv(self._A_q.mT)  # coordinates of a query in Q_q, from its query vector
-        # biases that no factor holds [layer, head, H]; of keys, one for each key head
-        zeros = self._A_q.new_zeros(self._A_q.shape[:-1])
-        self._b_Q = zeros if b_Q is None else b_Q
-        self._b_K = (zeros if b_K is None else b_K)[:, :: self._repeats]
-        self._shift = torch.einsum("lhij,lhj->lhi", self._to_query, self._b_Q) if moves_biases else zeros
-        self.is_separate = is_outside and not moves_biases
+            self.to_query = torch.linalg.pinv(self.A_q.mT)  # coordinates of a query in Q_q, from its query vector
+        # biases that no factor holds [layer, head, H], float64; of keys, one for each key head
+        zeros = self.A_q.new_zeros(self.A_q.shape[:-1])
+        self._outside = {
+            name: zeros if bias is None or not is_outside else bias.double()
+            for name, bias in ((name, getattr(whole, name)) for name in ("b_Q", "b_K", "c_Q", "c_K"))
+        }
+        self.moves_biases, self.is_separate = moves_biases, is_outside and not moves_biases
         self._has_own_inputs = self.is_fixed or is_outside
-        self._bases: OrderedDict[int, HeadSVD] = OrderedDict()
-        self._head_bases: OrderedDict[tuple[int, int, int], HeadSVD] = OrderedDict()
+        self._bases: OrderedDict[tuple[int, int], HeadSVD] = OrderedDict()
+        self._firings = FiringFinder(self)
 
     @property
     def reads_inputs(self) -> bool:
@@ -202,7 +184,7 @@ class HeadSpace:
 
     def _check_full_rank(self, option: str, value: str, fix: str) -> None:
         """Raises InputError for a factor without an inverse: a rotated query or key, or a bias, may leave its range."""
-        for name, factors in (("W_Q", self._A_q), ("W_K", self._A_k)):
+        for name, factors in (("W_Q", self.A_q), ("W_K", self.A_k)):
             sigma = torch.linalg.svdvals(factors)
             flawed = ~(sigma[..., -1] > _FULL_RANK * sigma[..., 0])
             if bool(flawed.any()):
@@ -218,103 +200,202 @@ class HeadSpace:
         """Run the model, and keep what the decomposition needs.
 
         Raises:
-            InputError: Positions out of range.
+            InputError: Positions out of range, or a model that does not show how it comes to its scores.
             CheckpointError: Numbers beyond the range of the weights' dtype.
         """
         tokens, query = tokens.to(self.heads.W_Q.device), query.to(self.heads.W_Q.device)
-        _check_positions("query", query, len(tokens), tokens.shape[1] - 1)
-        batch = torch.arange(len(tokens), device=tokens.device)
-        kept: dict[str, dict[int, Tensor]] = {name: {} for name in ("x", "keys", "scores", "pattern", "cos", "sin")}
+        check_positions("query", query, len(tokens), tokens.shape[1] - 1)
+        n_batch, n = tokens.shape
+        batch = torch.arange(n_batch, device=tokens.device)
+        kept: dict[str, dict[int, Tensor]] = {}
 
-        def keep(name: str, layer: int, pick: Any = lambda t: t) -> Any:
-            def hook(tensor: Tensor, hook: Any) -> None:
-                kept[name][layer] = pick(tensor).clone()
+        def take(number: int, shown: Shown) -> None:
+            x = shown["x"][batch, query].to(self.heads.W_Q.dtype)
+            # sums over half precision would add errors of their own; the model's scores stay what they are
+            keys, of_key = self.normed_keys(number, shown["keys"].to(self.heads.W_Q.dtype))
+            found = {
+                "x": x.clone(),
+                "keys": keys.clone(),
+                "of_key": of_key,
+                "of_query": self.token_scalars(number, "query", x, query),
+                "scores": shown["scores"][batch, :, query].clone(),
+                "pattern": shown["pattern"][batch, :, query].clone(),
+                **{part: shown[part].clone() for part in ("cos", "sin") if part in shown},
+            }
+            if "position" in shown:
+                found["position"] = shown["position"].expand(n_batch, -1, n, -1)[batch, :, query].clone()
+            for name, value in found.items():
+                if value is not None:
+                    kept.setdefault(name, {})[number] = value
+            self._check_keys(number, x, keys[batch, query], query)
 
-            return hook
+        logits = self.bridge_logits(tokens, take)
 
-        hooks: Hooks = []
-        for layer in range(self.n_layers):
-            attention = f"blocks.{layer}.attn"
-            hooks += [
-                (f"{attention}.hook_in", keep("x", layer, lambda x: x[batch, query])),
-                (f"{attention}.hook_k", keep("keys", layer)),
-                (f"{attention}.hook_attn_scores", keep("scores", layer, lambda s: s[batch, :, query])),
-                (f"{attention}.hook_pattern", keep("pattern", layer, lambda p: p[batch, :, query])),
-            ]
-            if self._is_rotary:
-                hooks += [(f"{attention}.hook_{part}", keep(part, layer, lambda t: t[0])) for part in ("cos", "sin")]
-        self._check_shown(hooks)
-        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
-        silent = [name for name in ("x", "keys", "scores", "pattern") if len(kept[name]) < self.n_layers]
-        if silent:
-            raise self._not_shown(silent)
-        x, keys, scores, pattern = (
-            torch.stack([kept[name][layer] for layer in range(self.n_layers)])
-            for name in ("x", "keys", "scores", "pattern")
-        )
-        # sums over half precision would add errors of their own; the model's scores stay what they are
-        x, keys = x.to(self.heads.W_Q.dtype), keys.to(self.heads.W_Q.dtype)
-        if self.heads.has_bias:
-            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        def stacked(name: str, like: Tensor | None = None) -> Tensor | None:
+            """All layers; those that have none of it have what changes nothing."""
+            if name not in kept:
+                return None
+            of_layers = kept[name]
+            fill = torch.ones_like if name in ("cos", "of_query", "of_key") else torch.zeros_like
+            some = next(iter(of_layers.values()))
+            return torch.stack([of_layers[i] if i in of_layers else fill(some) for i in range(self.n_layers)])
+
+        parts = {name: stacked(name) for name in ("x", "keys", "scores", "pattern", "of_query", "of_key", "position")}
+        x, keys, scores, pattern = (parts[name] for name in ("x", "keys", "scores", "pattern"))
+        assert x is not None and keys is not None and scores is not None and pattern is not None
+        cos, sin = stacked("cos"), stacked("sin")
+        of_query, position = parts["of_query"], parts["position"]
         observed = Observed(
             query,
             logits[batch, query],
-            x,
+            self.with_constant(x),
             keys,
             scores.transpose(1, 2),
             pattern.transpose(1, 2),
-            self._rotation(kept["cos"], kept["sin"]),
-            self._visible(query, tokens.shape[1]),
+            None if cos is None or sin is None else (cos, sin),
+            self.visible(query, n),
+            None if of_query is None else of_query.transpose(1, 2),
+            parts["of_key"],
+            None if position is None else position.transpose(1, 2),
         )
-        _check_range(observed)
+        check_range(observed)
+        self._check_hidden(observed)
         return observed
 
-    def _rotation(self, cos: dict[int, Tensor], sin: dict[int, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Rotations of all layers; those without positions (NoPE) do not rotate."""
-        if not cos:
-            return None
-        straight = torch.ones_like(next(iter(cos.values())))
-        layers = range(self.n_layers)
-        return (
-            torch.stack([cos.get(layer, straight) for layer in layers]),
-            torch.stack([sin.get(layer, 0 * straight) for layer in layers]),
-        )
+    def bridge_logits(self, tokens: Tensor, take: Callable[[int, Shown], None]) -> Tensor:
+        """Run the model, and give its logits."""
+        logits: Tensor = self.taps.run(tokens, take, return_type="logits")
+        return logits
 
-    def _check_shown(self, hooks: Hooks) -> None:
-        """Raises InputError where the model does not have these hooks."""
-        absent = sorted({str(name).rsplit(".", 1)[-1] for name, _ in hooks if name not in self.bridge.hook_dict})
-        if absent:
-            raise self._not_shown(absent)
-
-    def _not_shown(self, what: list[str]) -> InputError:
-        architecture = type(self.bridge.original_model).__name__
-        return InputError(
-            f"TransformerLens does not show how a {architecture} comes to its scores (no {', '.join(what)}). Allowed: "
-            "architectures whose attention it takes apart, such as GPT-2, GPT-NeoX, Llama, Qwen2. Fix: use another "
-            "model."
-        )
-
-    def _visible(self, query: Tensor, n: int) -> Tensor:
+    def visible(self, query: Tensor, n: int) -> Tensor:
         """Keys that the query sees in each layer, from positions: what masked scores look like differs by mode."""
         position = torch.arange(n, device=query.device)
         distance = query[:, None] - position
-        seen = [(distance >= 0) & (distance < (n if window is None else window)) for window in self._windows]
+        seen = []
+        for layer in self.layers:
+            of_layer = (distance >= 0) & (distance < (n if layer.window is None else layer.window))
+            if layer.chunk is not None:
+                of_layer &= position >= (query[:, None] // layer.chunk) * layer.chunk
+            seen.append(of_layer)
         return torch.stack(seen)
 
+    def _check_hidden(self, observed: Observed) -> None:
+        """Raises InputError where a model attends to keys that, by its configuration, its queries do not see."""
+        attended = observed.pattern.masked_fill(observed.is_key[:, None], 0).flatten(1).amax(1)
+        if bool((attended > 0).any()):
+            layer = self.layers[int(attended.argmax())]
+            seen = layer.window or layer.chunk or "all earlier"
+            raise InputError(
+                f"layer {layer.block} of {model_name(self.bridge)} attends to keys that its configuration hides from "
+                f"its queries, which see {seen} keys. Allowed: causal attention, over all keys or a window of them. "
+                "Fix: use another model."
+            )
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_constant(self) -> bool:
+        """True if what heads read has a 1 appended, for their biases."""
+        return self.heads.n_constants - self._has_shift > 0
+
+    @property
+    def _has_shift(self) -> bool:
+        """True if there is one more coordinate, for biases after a norm of queries or keys."""
+        return self.heads.c_Q is not None or self.heads.c_K is not None
+
+    def with_constant(self, x: Float[Tensor, "... D"]) -> Tensor:
+        """What heads read, with a 1 appended if they have biases."""
+        return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if self.has_constant else x
+
+    def token_scalars(
+        self, layer: int, side: Side, x: Float[Tensor, "*tokens D"], position: Int[Tensor, "*tokens"]
+    ) -> Float[Tensor, "*tokens head"] | None:
+        """What tokens are multiplied with before a layer's heads read them as queries or keys; None for nothing.
+
+        A norm of queries or keys divides by one number per token and head, and a temperature of attention multiplies
+        queries by one per position.
+
+        Args:
+            layer: Number of the layer, among those with attention.
+            side: As queries, or as keys (then of key heads).
+            x: What the heads read.
+            position: Positions of the tokens.
+        """
+        form = self.layers[layer]
+        W, b, norm = (form.W_Q, form.b_Q, form.q_norm) if side == "query" else (form.W_K, form.b_K, form.k_norm)
+        scalars = None
+        if norm is not None:
+            projected = torch.einsum("...d,hid->...hi", x, W.to(x))
+            scalars = norm.scalars(projected if b is None else projected + b.to(x))
+        temperature = form.temperature(position) if side == "query" else None
+        if temperature is not None:
+            scalars = temperature[..., None] * (torch.ones(len(W)).to(x) if scalars is None else scalars)
+        return None if scalars is None else scalars.to(x)
+
+    def normed_keys(
+        self, layer: int, keys: Float[Tensor, "... key_head H"]
+    ) -> tuple[Float[Tensor, "... key_head H"], Float[Tensor, "... key_head"] | None]:
+        """Projected keys after their norm, but for gains between rotations, and what it has multiplied them with."""
+        form = self.layers[layer]
+        norm = form.k_norm
+        if norm is None:
+            return keys, None
+        scalars = norm.scalars(keys).to(keys)
+        normed = norm.centred(keys) * scalars[..., None]
+        if not form.is_normed_in_place:
+            normed = normed * norm.gain.to(keys)
+        return (normed if norm.shift is None else normed + norm.shift.to(keys)), scalars
+
+    def read(
+        self, layer: int, x: Float[Tensor, "*tokens D"], scalars: Tensor | None
+    ) -> Float[Tensor, "*tokens head H"]:
+        """Tokens (with their constant) as queries in the orthonormal bases Q_q of a layer's heads, float64."""
+        Q = self.Q_q[layer]
+        n = x.shape[-1]
+        a = torch.einsum("...d,hdi->...hi", x, Q[:, :n]).double()
+        if scalars is not None:
+            a = a * scalars[..., None].double()
+        return a + Q[:, n].double() if self._has_shift else a
+
+    def tokens_of_head(
+        self, layer: int, head: int, side: Side, x: Float[Tensor, "batch n D"], position: Int[Tensor, "n"]
+    ) -> Float[Tensor, "batch n D1"]:
+        """Tokens as one head reads them: times the token's scalar, and with a constant for each kind of bias."""
+        scalars = self.token_scalars(layer, side, x, position.expand(x.shape[:-1]))
+        token = self.with_constant(x)
+        if scalars is not None:
+            token = token * scalars[..., head if side == "query" else head // self.repeats, None]
+        return torch.cat([token, torch.ones_like(token[..., :1])], dim=-1) if self._has_shift else token
+
     def weights(self, layer: int, head: int, side: Side) -> Float[Tensor, "H D"]:
-        """What makes a head's queries or keys of what it reads; the bias is a last column, if heads have biases."""
-        W, b = (self.heads.W_Q, self.heads.b_Q) if side == "query" else (self.heads.W_K, self.heads.b_K)
+        """What makes a head's queries or keys of what it reads; biases are last columns, if heads have biases."""
+        letter = "Q" if side == "query" else "K"
+        W: Tensor = getattr(self.heads, f"W_{letter}")[layer, head]
         if not self.heads.has_bias:
-            return W[layer, head]
-        column = W.new_zeros(self.d_head) if b is None else b[layer, head]
-        return torch.cat([W[layer, head], column[:, None]], dim=-1)
+            return W
+        columns = []
+        for kind in "bc":
+            if any(getattr(self.heads, f"{kind}_{one}") is not None for one in "QK"):
+                bias = getattr(self.heads, f"{kind}_{letter}")
+                columns.append(W.new_zeros(self.d_head) if bias is None else bias[layer, head])
+        return torch.cat([W, torch.stack(columns, dim=-1)], dim=-1)
+
+    def outside_of_queries(self, layer: int, scalars: Float[Tensor, "... head"] | None) -> Float[Tensor, "... head H"]:
+        """Biases that no factor holds, as a layer's queries have them."""
+        b, c = (self._outside[f"{kind}_Q"][layer] for kind in "bc")
+        return b + c if scalars is None else b * scalars[..., None] + c
+
+    def outside_of_keys(self, layer: int, scalars: Float[Tensor, "... key_head"] | None) -> Tensor:
+        """The same of its keys [..., key_head, H]."""
+        b, c = (self._outside[f"{kind}_K"][layer, :: self.repeats] for kind in "bc")
+        return b + c if scalars is None else b * scalars[..., None] + c
 
     def outside(self, layer: int, head: int, side: Side, inside: Float[Tensor, "H R"]) -> Float[Tensor, "D R"]:
         """Vectors of the residual stream from their coordinates in the head's orthonormal basis (Q_q or Q_k)."""
         if side == "query":
-            return self._Q_q[layer, head] @ inside.to(self._Q_q)
-        rows = self._to_key[layer, head // self._repeats].mT @ inside.double()
-        vectors: Tensor = self.weights(layer, head, side).mT @ rows.to(self._Q_q)
+            return self.Q_q[layer, head] @ inside.to(self.Q_q)
+        rows = self.to_key[layer, head // self.repeats].mT @ inside.double()
+        vectors: Tensor = self.weights(layer, head, side).mT @ rows.to(self.Q_q)
         return vectors
 
     # ---- firings ---------------------------------------------------------------------------------------------------
@@ -344,173 +425,19 @@ class HeadSpace:
             InputError: The model does not show how it comes to its scores, or the rule needs positions.
             CheckpointError: Scores that differ from the model's own by more than rounding.
         """
-        position = torch.arange(tokens.shape[1], device=self.heads.W_Q.device)
-        asks = position < length.to(position.device)[:, None]  # [batch, n]
-        if not rule.every_query:
-            if query is None:
-                raise bad_value("query", None, "a position for each prompt with every_query=False", "pass query=...")
-            _check_positions("query", query, len(tokens), tokens.shape[1] - 1)
-            asks &= position == query.to(position.device)[:, None]
-        kept: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Any:
-            def hook(tensor: Tensor, hook: Any) -> None:
-                kept[name] = tensor
-
-            return hook
-
-        def finish(layer: int) -> Any:
-            def hook(pattern: Tensor, hook: Any) -> None:
-                found = self._firings_of_layer(layer, kept, pattern, asks, rule)
-                kept.clear()
-                if found is not None:
-                    take(found)
-
-            return hook
-
-        hooks: Hooks = []
-        shown = {"x": "in", "keys": "k", "scores": "attn_scores"}
-        if self._is_rotary:
-            shown |= {"cos": "cos", "sin": "sin"}
-        for layer in range(self.n_layers):
-            attention = f"blocks.{layer}.attn"
-            hooks += [(f"{attention}.hook_{name}", keep(what)) for what, name in shown.items()]
-            hooks.append((f"{attention}.hook_pattern", finish(layer)))
-        self._check_shown(hooks)
-        self.bridge.run_with_hooks(tokens.to(self.heads.W_Q.device), fwd_hooks=hooks, return_type=None)
-
-    def _firings_of_layer(
-        self, layer: int, kept: dict[str, Tensor], pattern: Tensor, asks: Tensor, rule: FiringRule
-    ) -> FiringBatch | None:
-        """The firings of one layer, from what it left behind; ``asks``: queries that count; None if there are none."""
-        own = kept["scores"]
-        position = torch.arange(pattern.shape[-1], device=pattern.device)
-        is_key = self._visible(position, len(position))[layer]  # [query, key]
-        n_keys = is_key.sum(-1)
-        fires = is_key & (pattern >= rule.threshold(n_keys)[:, None]) & (own > 0)
-        fires &= asks[:, None, :, None]
-        fires[..., 0] &= rule.first_token
-        fires &= (position[:, None] != position) | rule.self_attention
-        prompt, head, query, key = fires.nonzero(as_tuple=True)
-        if not len(head):
-            return None
-        x, keys = (kept[name].to(self.heads.W_Q.dtype) for name in ("x", "keys"))
-        if self.heads.has_bias:
-            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-        a = torch.einsum("bnd,hdi->bnhi", x, self._Q_q[layer])[prompt, query, head].double()
-        cos = sin = None
-        if "cos" in kept:  # a layer without positions (NoPE) has none
-            cos, sin = kept["cos"][0], kept["sin"][0]
-
-        def in_place(vectors: Tensor) -> Tensor:
-            """Keys as the scores see them."""
-            if cos is None or sin is None:
-                return vectors
-            return rotate(vectors, cos[:, None], sin[:, None], layout=self.layout)
-
-        is_alone = (n_keys == 1)[query][:, None]
-        others = (n_keys[query] - 1)[:, None]
-
-        def at_key(vectors: Tensor) -> Tensor:
-            """Relative and raw key vectors [n, 2, H], as :func:`_at_key`."""
-            group = head // self._repeats
-            of_key = vectors[prompt, key, group].double()
-            total = torch.einsum("qk,bkhi->bqhi", is_key.to(vectors), vectors)[prompt, query, group].double()
-            relative = (of_key - (total - of_key) / others).masked_fill(is_alone, torch.nan)
-            return torch.stack([relative, of_key], dim=1)
-
-        whole = at_key(in_place(keys))
-        keys = keys - self._b_K[layer].to(keys) if self.is_separate else keys
-        seen = seen_there = at_key(in_place(keys)) if self.is_separate else whole
-        direction = seen if cos is None or self.is_fixed else at_key(keys)
-        A_q, to_key = self._A_q[layer], self._to_key[layer]
-        if cos is not None and sin is not None and not self.is_fixed:  # relative to the query
-            at = [part[query][:, None].double() for part in (cos, sin)]
-            seen = rotate(seen, *at, layout=self.layout, transpose=True)
-        offset = key - query if cos is not None and not self.is_fixed else torch.zeros_like(key)
-        n = len(position)
-        codes, member = torch.unique(head * n - offset, return_inverse=True)
-        order = member.argsort(stable=True)
-        sizes = torch.bincount(member).tolist()
-        bases = self._bases_of_heads(layer, [divmod(code, n) for code in codes.tolist()], cos, sin)
-        parts = {name: seen.new_empty(len(head), self.rank, dtype=torch.float32) for name in _COORDINATES}
-        own_size = own.masked_fill(~is_key, 0).abs().amax()
-        rebuilt = seen.new_empty(len(head))
-        usual = seen.new_empty(len(head))
-        of_biases = seen.new_zeros(len(head), 2)
-        for code, members, basis in zip(codes.tolist(), order.split(sizes), bases, strict=True):
-            h = code // n
-            U, S, V = (part.double() for part in basis)
-
-            def turned(vectors: Tensor, members: Tensor = members) -> Tensor:
-                """Query vectors as the scores see them."""
-                if cos is None or sin is None:
-                    return vectors
-                return rotate(vectors, *(part[query[members]].double() for part in (cos, sin)), layout=self.layout)
-
-            own_q = a[members] @ A_q[h]
-            q = own_q + self._b_Q[layer, h]
-            usual[members] = (q * self.heads.scale).norm(dim=-1) * whole[members, 1].norm(dim=-1) / self.d_head**0.5
-            if self.is_separate:
-                of_biases[members] = self._of_biases(turned(q), turned(own_q), whole[members], seen_there[members])
-            of_query = a[members] + self._shift[layer, h]
-            if self.is_fixed and cos is not None:
-                of_query = turned(own_q if self.is_separate else q) @ self._to_query[layer, h].mT
-            left = of_query @ U
-            z = seen[members] @ (A_q[h].mT * self.heads.scale) @ U
-            rebuilt[members] = (left * z[:, 1]).sum(-1) + of_biases[members, 1]
-            v = direction[members] @ to_key[h // self._repeats].mT @ V
-            values = (left, z[:, 0], v[:, 0], S.expand_as(left), z[:, 1], v[:, 1])
-            for name, value in zip(_COORDINATES, values, strict=True):
-                parts[name][members] = value.float()
-        cap = self.caps[layer]
-        if cap is not None:
-            rebuilt = cap * (rebuilt / cap).tanh()
-        at_pair = own[prompt, head, query, key]
-        off = (rebuilt - at_pair).abs()
-        beyond = off > _tolerance(own.dtype) * usual.clamp_min(float(own_size))
-        if bool(beyond.any()):
-            worst = int(torch.where(beyond, off, 0.0).argmax())
-            raise _off(layer, int(head[worst]), float(off[worst] / own_size), own.dtype)
-        scores = AttendedScores(
-            **parts, attention=pattern[prompt, head, query, key].float(), **self._kept_of_biases(of_biases)
-        )
-        return FiringBatch(layer * self.n_heads + head, prompt, query, key, scores)
-
-    def _bases_of_heads(
-        self, layer: int, wanted: list[tuple[int, int]], cos: Tensor | None, sin: Tensor | None
-    ) -> list[HeadSVD]:
-        """Core SVDs [H, R] of single heads of a layer: (head, how far the key lies behind the query) each."""
-        missing = [one for one in wanted if (layer, *one) not in self._head_bases]
-        if missing:
-            head, behind = torch.tensor(missing, device=self._A_q.device).T
-            turn = None
-            if cos is not None and sin is not None and not self.is_fixed:
-                first = torch.zeros_like(behind)
-                turn = self._turn(cos[behind], sin[behind], cos[first], sin[first])
-            made = self._svd_of(self._A_q[layer, head], self._A_k[layer, head // self._repeats], turn)
-            for one, *parts in zip(missing, *made, strict=True):
-                self._head_bases[layer, *one] = HeadSVD(*(part.clone() for part in parts))
-        bases = []
-        for one in wanted:
-            self._head_bases.move_to_end((layer, *one))
-            bases.append(self._head_bases[layer, *one])
-        size = sum(part.nbytes for part in bases[0])
-        while len(self._head_bases) > max(len(wanted), _KEPT_BYTES // size):
-            self._head_bases.popitem(last=False)
-        return bases
+        self._firings.find(tokens.to(self.heads.W_Q.device), length, rule, take, query=query)
 
     # ---- decomposition ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def decompose(self, observed: Observed, key: Int[Tensor, "batch"]) -> Decomposition:
         """Contributions of all keys; see :func:`decompose_attention`."""
-        key = _checked_keys(key, observed.query)
+        key = checked_keys(key, observed.query)
         whole = self._rotated(observed, observed.keys)
         read = self._read(observed)
-        q = self._query_vectors(read)
+        q = self._query_vectors(observed, read)
         self._check_scores(observed, q, whole)
-        a = self._turned(observed, read + self._shift[:, :, None])
+        a = self._turned(observed, self._moved(observed, read))
         rotated = self._rotated(observed, self._own_keys(observed)) if self.is_separate else whole
         z = self._seen_from_query(observed, rotated)
         contributions = z.new_empty(*z.shape)
@@ -520,11 +447,13 @@ class HeadSpace:
             contributions[:, :, group] = left[..., None, :] * (z[:, :, group] @ U[:, :, None])
         hidden = ~observed.is_key[:, None]
         contributions = contributions.masked_fill_(hidden[..., None], 0)
-        scores = contributions.sum(-1)
+        beside = torch.zeros_like(contributions[..., 0])
+        if observed.position is not None:
+            beside = beside + observed.position.double()
         if self.is_separate:
-            of_biases = self._of_biases_at(observed, q, whole, rotated)
-            scores = scores + of_biases.masked_fill(hidden, 0)
-        return Decomposition(contributions.float(), scores.float())
+            beside = beside + self._of_biases_at(observed, q, whole, rotated)
+        beside = beside.masked_fill(hidden, 0)
+        return Decomposition(contributions.float(), (contributions.sum(-1) + beside).float(), beside.float())
 
     @torch.inference_mode()
     def attended(self, observed: Observed, key: Int[Tensor, "batch"]) -> AttendedScores:
@@ -537,23 +466,26 @@ class HeadSpace:
             InputError: As :func:`decompose_attention`.
             CheckpointError: As there.
         """
-        key = _checked_keys(key, observed.query)
+        key = checked_keys(key, observed.query)
         whole = self._rotated(observed, observed.keys)
         read = self._read(observed)
-        q = self._query_vectors(read)
+        q = self._query_vectors(observed, read)
         error = self._check_scores(observed, q, whole)
-        a = self._turned(observed, read + self._shift[:, :, None])
+        a = self._turned(observed, self._moved(observed, read))
         keys = self._own_keys(observed)
         rotated = self._rotated(observed, keys) if self.is_separate else whole
         at_key = _at_key(rotated, observed.is_key, key)
         of_biases = None
         if self.is_separate:
             of_biases = self._of_biases_at(observed, q, _at_key(whole, observed.is_key, key), at_key)
+        of_position = None
+        if observed.position is not None:
+            of_position = _at_key(observed.position.permute(0, 2, 3, 1)[..., None], observed.is_key, key)
         z = self._seen_from_query(observed, at_key)
-        if not self.is_fixed:
-            at_key = _at_key(keys, observed.is_key, key)
-        coordinates = torch.einsum("lkij,lbmkj->lkbmi", self._to_key, at_key.double())
-        coordinates = coordinates.repeat_interleave(self._repeats, dim=1)
+        to_key = self.to_key.repeat_interleave(self.repeats, dim=1)
+        seen = self._of_heads(at_key) if self.is_fixed else _at_key(keys, observed.is_key, key).double()
+        seen = seen if self.is_fixed else seen.repeat_interleave(self.repeats, dim=3)
+        coordinates = torch.einsum("lhij,lbmhj->lhbmi", to_key, seen)
         shape = (self.n_layers, self.n_heads, len(key), self.rank)
         coordinates_of = {name: observed.x.new_empty(shape, dtype=torch.float32) for name in _COORDINATES}
         for group, basis in self.groups(observed, key):
@@ -568,23 +500,30 @@ class HeadSpace:
             **coordinates_of,
             attention=observed.pattern[:, :, batch, key].float(),
             error=error,
-            **self._kept_of_biases(of_biases),
+            **self.kept_beside(of_biases, None if of_position is None else of_position[..., 0].permute(0, 3, 1, 2)),
         )
 
     def svd(self, observed: Observed, query: int, key: int) -> HeadSVD:
         """Core SVD [layer, head, H, R] of the offset from a query position to a key position."""
-        offset = key - query if self._has_offsets(observed.rotation) else 0
-        if offset in self._bases:
-            self._bases.move_to_end(offset)
-            return self._bases[offset]
-        A_k = self._A_k.repeat_interleave(self._repeats, dim=1)
+        has_offsets = self._has_offsets(observed.rotation)
+        # gains between the two rotations make it depend on both positions
+        which = (0, 0) if not has_offsets else (query, key) if self._gain is not None else (0, key - query)
+        if which in self._bases:
+            self._bases.move_to_end(which)
+            return self._bases[which]
+        A_k = self.A_k.repeat_interleave(self.repeats, dim=1)
         turn = None
-        if self._has_offsets(observed.rotation):
+        if has_offsets:
             assert observed.rotation is not None
             cos, sin = observed.rotation
-            turn = self._turn(cos[:, query], sin[:, query], cos[:, key], sin[:, key])[:, None]
-        basis = self._svd_of(self._A_q, A_k, turn)
-        self._bases[offset] = basis
+            turn = torch.stack(
+                [
+                    self.turn(i, slice(None), cos[i, query], sin[i, query], cos[i, key], sin[i, key])
+                    for i in range(self.n_layers)
+                ]
+            )
+        basis = self.svd_of(self.A_q, A_k, turn)
+        self._bases[which] = basis
         if len(self._bases) > _KEPT_OFFSETS:
             self._bases.popitem(last=False)
         return basis
@@ -593,18 +532,35 @@ class HeadSpace:
         """True if the basis depends on the offset from query to key."""
         return rotation is not None and not self.is_fixed
 
-    def _turn(self, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor) -> Tensor:
-        """M_p^T M_j [..., H, H], from cosines and sines of the query's position and of the key's [..., rotary]."""
+    @property
+    def has_one_basis_per_offset(self) -> bool:
+        """False if the basis depends on both positions, and not on the offset alone."""
+        return self._gain is None
+
+    def gain(self, layer: int) -> Float[Tensor, "head H"] | None:
+        """Gains of a layer between the rotations of two positions, float64; None for none."""
+        return None if self._gain is None else self._gain[layer]
+
+    def turn(
+        self, layer: int, head: slice | Tensor, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor
+    ) -> Float[Tensor, "*heads H H"]:
+        """M_p^T G M_j of some heads, from cosines and sines of the query's position and of the key's [..., rotary]."""
         eye = torch.eye(self.d_head, dtype=torch.float64, device=cos_q.device).expand(*cos_q.shape[:-1], -1, -1)
+        layout = self.layers[layer].layout
         # rotate turns rows, so M is transposed
         at_query, at_key = (
-            rotate(eye, cos.double()[..., None, :], sin.double()[..., None, :], layout=self.layout)
+            rotate(eye, cos.double()[..., None, :], sin.double()[..., None, :], layout=layout)
             for cos, sin in ((cos_q, sin_q), (cos_k, sin_k))
         )
-        turn: Tensor = at_query @ at_key.mT
-        return turn
+        gain = self.gain(layer)
+        if gain is not None:
+            at_query = at_query * gain[head][..., None, :]
+        elif isinstance(head, slice):
+            at_query = at_query[None]  # the same for all heads
+        turned: Tensor = at_query @ at_key.mT
+        return turned
 
-    def _svd_of(self, A_q: Tensor, A_k: Tensor, turn: Tensor | None) -> HeadSVD:
+    def svd_of(self, A_q: Tensor, A_k: Tensor, turn: Tensor | None) -> HeadSVD:
         """SVD of cores [..., H, H], with a turn in between."""
         core = A_q @ A_k.mT if turn is None else A_q @ turn @ A_k.mT
         U, S, V = verified_svd(core * self.heads.scale)
@@ -612,76 +568,129 @@ class HeadSpace:
         return HeadSVD(U.float(), S.float(), V.float())
 
     def groups(self, observed: Observed, key: Tensor) -> list[tuple[Tensor, HeadSVD]]:
-        """Prompts with the same offset, each group with its basis."""
-        offsets = key - observed.query if self._has_offsets(observed.rotation) else torch.zeros_like(key)
+        """Prompts with the same basis, each group with it."""
+        query = observed.query
+        which = torch.zeros_like(key)
+        if self._has_offsets(observed.rotation):
+            which = key - query if self._gain is None else query * (int(query.max()) + 1) + key
         groups = []
-        for offset in sorted(set(offsets.tolist())):
-            members = (offsets == offset).nonzero().squeeze(-1)
+        for one in sorted(set(which.tolist())):
+            members = (which == one).nonzero().squeeze(-1)
             first = int(members[0])
-            groups.append((members, self.svd(observed, int(observed.query[first]), int(key[first]))))
+            groups.append((members, self.svd(observed, int(query[first]), int(key[first]))))
         return groups
 
     def _own_keys(self, observed: Observed) -> Tensor:
         """Key vectors as singular pairs have them, before rotation [layer, batch, n, key_head, H]."""
         if not self.is_separate:
             return observed.keys
-        return observed.keys - self._b_K[:, None, None].to(observed.keys)
+        of_key = observed.of_key
+        outside = [self.outside_of_keys(i, None if of_key is None else of_key[i]) for i in range(self.n_layers)]
+        return torch.stack([keys - bias.to(keys) for keys, bias in zip(observed.keys, outside, strict=True)])
 
     def _rotated(self, observed: Observed, keys: Tensor) -> Tensor:
-        """Key vectors as the scores see them [layer, batch, n, key_head, H]."""
+        """Key vectors as the scores see them, but for gains [layer, batch, n, key_head, H]."""
         if observed.rotation is None:
             return keys
         cos, sin = (part[:, None, :, None] for part in observed.rotation)
-        return rotate(keys, cos, sin, layout=self.layout)
+        return self._by_layout(keys, cos, sin)
+
+    def _by_layout(self, vectors: Tensor, cos: Tensor, sin: Tensor, **how: bool) -> Tensor:
+        """Rotate vectors of all layers, each as its layout has it."""
+        layouts = [layer.layout for layer in self.layers]
+        if len(set(layouts)) == 1:
+            return rotate(vectors, cos, sin, layout=layouts[0], **how)
+        parts = zip(vectors, cos, sin, layouts, strict=True)
+        return torch.stack([rotate(*part, layout=layout, **how) for *part, layout in parts])
+
+    def _of_heads(self, keys: Float[Tensor, "layer batch m key_head H"]) -> Float[Tensor, "layer batch m head H"]:
+        """Rotated keys as each query head sees them, float64."""
+        of_heads = keys.double().repeat_interleave(self.repeats, dim=3)
+        return of_heads if self._gain is None else of_heads * self._gain[:, None, None]
 
     def _read(self, observed: Observed) -> Tensor:
         """What the heads read at the query, in the orthonormal basis Q_q [layer, head, batch, H]."""
-        return torch.einsum("lbd,lhdi->lhbi", observed.x, self._Q_q).double()
+        of = observed.of_query
+        parts = [self.read(i, observed.x[i], None if of is None else of[i].T) for i in range(self.n_layers)]
+        return torch.stack(parts).transpose(1, 2)
 
-    def _query_vectors(self, read: Tensor) -> Tensor:
-        """Query vectors, with their bias and before rotation [layer, head, batch, H]."""
-        return torch.einsum("lhbi,lhij->lhbj", read, self._A_q) + self._b_Q[:, :, None]
+    def _outside_of_queries(self, observed: Observed) -> Float[Tensor, "layer head batch H"]:
+        """Biases of the queries that no factor holds."""
+        of = observed.of_query
+        parts = [self.outside_of_queries(i, None if of is None else of[i].T) for i in range(self.n_layers)]
+        outside = torch.stack(parts)
+        return outside[:, :, None] if of is None else outside.transpose(1, 2)
 
-    def _of_biases(self, q: Tensor, own_q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
+    def _query_vectors(self, observed: Observed, read: Tensor) -> Tensor:
+        """Query vectors, with their biases and before rotation [layer, head, batch, H]."""
+        return torch.einsum("lhbi,lhij->lhbj", read, self.A_q) + self._outside_of_queries(observed)
+
+    def _moved(self, observed: Observed, read: Tensor) -> Tensor:
+        """What heads read, with the biases moved into it where that is asked for."""
+        if not self.moves_biases:
+            return read
+        return read + torch.einsum("lhij,lhbj->lhbi", self.to_query, self._outside_of_queries(observed))
+
+    def of_biases(self, q: Tensor, own_q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
         """What biases add to scores, from queries [..., H] and keys [..., m, H] with and without them, all in place."""
         scores = (keys @ q[..., None] - own_keys @ own_q[..., None]).squeeze(-1)
         return scores * self.heads.scale
 
     def _of_biases_at(self, observed: Observed, q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
         """The same, of rotated keys [layer, batch, m, key_head, H]; q is not rotated. [layer, head, batch, m]."""
-        queries = [q, q - self._b_Q[:, :, None]]
+        queries = [q, q - self._outside_of_queries(observed)]
         if observed.rotation is not None:
             cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-            queries = [rotate(query, cos, sin, layout=self.layout) for query in queries]
-        of_heads = (
-            key.double().repeat_interleave(self._repeats, dim=3).permute(0, 3, 1, 2, 4) for key in (keys, own_keys)
-        )
-        return self._of_biases(*queries, *of_heads)
+            queries = [self._by_layout(query, cos, sin) for query in queries]
+        of_heads = (self._of_heads(key).permute(0, 3, 1, 2, 4) for key in (keys, own_keys))
+        return self.of_biases(*queries, *of_heads)
 
-    def _kept_of_biases(self, relative_and_raw: Tensor | None) -> dict[str, Tensor]:
-        """Fields of :class:`AttendedScores` [..., n, 2] -> [..., n]."""
-        if not self.is_separate or relative_and_raw is None:
-            return {}
-        return {"bias": relative_and_raw[..., 0].float(), "raw_bias": relative_and_raw[..., 1].float()}
+    def kept_beside(self, of_biases: Tensor | None, of_position: Tensor | None) -> dict[str, Tensor]:
+        """Fields of :class:`AttendedScores`, from relative and raw values [..., n, 2] -> [..., n]."""
+        fields = {}
+        for name, values in (("bias", of_biases if self.is_separate else None), ("position", of_position)):
+            if values is not None:
+                fields |= {name: values[..., 0].float(), f"raw_{name}": values[..., 1].float()}
+        return fields
 
     def _turned(self, observed: Observed, a: Tensor) -> Tensor:
         """With a fixed basis, queries with their positions moved into them (x~); else as they are."""
         if not self.is_fixed or observed.rotation is None:
             return a
         cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-        turned: Tensor = rotate(a @ self._A_q, cos, sin, layout=self.layout) @ self._to_query.mT
+        turned: Tensor = self._by_layout(a @ self.A_q, cos, sin) @ self.to_query.mT
         return turned
 
     def _seen_from_query(self, observed: Observed, rotated: Tensor) -> Tensor:
         """Keys in the basis Q_q of each query head [layer, head, batch, n, H], float64."""
-        rotated = rotated.double()
+        of_heads = self._of_heads(rotated)
         if self._has_offsets(observed.rotation):
             # relative to the query, a key is rotated back by the query's position
             assert observed.rotation is not None
             cos, sin = (part[:, observed.query, None, None].double() for part in observed.rotation)
-            rotated = rotate(rotated, cos, sin, layout=self.layout, transpose=True)
-        rotated = rotated.repeat_interleave(self._repeats, dim=3)
-        return torch.einsum("lhij,lbnhj->lhbni", self._A_q * self.heads.scale, rotated)
+            of_heads = self._by_layout(of_heads, cos, sin, transpose=True)
+        return torch.einsum("lhij,lbnhj->lhbni", self.A_q * self.heads.scale, of_heads)
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_keys(self, layer: int, x: Tensor, keys: Float[Tensor, "batch key_head H"], position: Tensor) -> None:
+        """Compare keys with W_K times what the heads read at the same tokens: no score depends on W_K itself.
+
+        Raises:
+            InputError: They are other vectors.
+        """
+        form = self.layers[layer]
+        projected = torch.einsum("bd,hid->bhi", x, form.W_K.to(x))
+        expected, _ = self.normed_keys(layer, projected if form.b_K is None else projected + form.b_K.to(x))
+        if not bool(torch.isfinite(keys).all()):
+            return  # said as an overflow
+        difference = float((expected - keys).abs().max() / keys.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        if difference > max(_NOT_BILINEAR, 4 * tolerance(form.W_K.dtype)):
+            raise InputError(
+                f"the keys of layer {form.block} of {model_name(self.bridge)} are not W_K times what its heads read "
+                f"(off by {difference:.2g} of the largest), as where layers share keys. Allowed: keys that a layer "
+                "projects itself. Fix: use another model."
+            )
 
     def _check_scores(self, observed: Observed, q: Tensor, rotated: Tensor) -> Tensor:
         """Compare all scores, computed from the same factors as the decomposition, with those of the model.
@@ -689,7 +698,7 @@ class HeadSpace:
         Args:
             observed: What the pass has left.
             q: Query vectors, before rotation [layer, head, batch, H].
-            rotated: Key vectors as the scores see them [layer, batch, n, key_head, H].
+            rotated: Key vectors as the scores see them, but for gains [layer, batch, n, key_head, H].
 
         Returns:
             Largest difference, relative to the largest score [layer, head].
@@ -701,10 +710,14 @@ class HeadSpace:
         towards = q.transpose(1, 2) * self.heads.scale
         if observed.rotation is not None:
             cos, sin = (part[:, observed.query, None].double() for part in observed.rotation)
-            towards = rotate(towards, cos, sin, layout=self.layout)
+            towards = self._by_layout(towards, cos, sin)
+        if self._gain is not None:
+            towards = towards * self._gain[:, None]
         n_layers, n_batch = towards.shape[:2]
-        grouped = towards.reshape(n_layers, n_batch, -1, self._repeats, self.d_head).to(rotated.dtype)
+        grouped = towards.reshape(n_layers, n_batch, -1, self.repeats, self.d_head).to(rotated.dtype)
         scores = (grouped @ rotated.permute(0, 1, 3, 4, 2)).flatten(2, 3).transpose(1, 2)
+        if observed.position is not None:
+            scores = scores + observed.position.to(scores)
         for layer, cap in enumerate(self.caps):
             if cap is not None:
                 scores[layer] = cap * (scores[layer] / cap).tanh()
@@ -716,19 +729,26 @@ class HeadSpace:
         longest = rotated.norm(dim=-1).masked_fill(~observed.is_key[..., None], 0).amax(2)
         usual = (grouped.norm(dim=-1) * longest[..., None]).flatten(2).amax(1) / self.d_head**0.5
         dtype = observed.scores.dtype
-        share = _tolerance(dtype)
-        beyond = difference > share * torch.maximum(size, usual)
+        beyond = difference > tolerance(dtype) * torch.maximum(size, usual)
         if bool(beyond.any()):
             worst = torch.where(beyond, error, 0.0)
             layer, head = divmod(int(worst.argmax()), self.n_heads)
-            off = float(worst.max())
-            if off > _NOT_BILINEAR:
+            by = float(worst.max())
+            form = self.layers[layer]
+            if form.clip is not None:
+                share = float((observed.keys[layer].abs() > form.clip).float().mean())
                 raise InputError(
-                    f"the scores of head {head} in layer {layer} are not the bilinear form of its weights (off by "
-                    f"{off:.2g} of the largest). Allowed: dot products with biases, rotary positions, "
-                    "grouped queries and soft caps. Fix: use another model."
+                    f"queries and keys of layer {form.block} are clipped to {form.clip:g} on these prompts (of the "
+                    f"keys, {share:.2%} of the components). Allowed: prompts on which nothing is clipped, as clipping "
+                    "is not linear. Fix: change the prompts, or use another model."
                 )
-            raise _off(layer, head, off, dtype)
+            if by > _NOT_BILINEAR:
+                raise InputError(
+                    f"the scores of head {head} in layer {form.block} are not the bilinear form of its weights (off by "
+                    f"{by:.2g} of the largest). Allowed: dot products with biases, norms of queries and keys, rotary "
+                    "positions, ALiBi, grouped queries and soft caps. Fix: use another model."
+                )
+            raise off(form.block, head, by, dtype)
         relative: Tensor = error.float()
         return relative
 
@@ -746,49 +766,11 @@ def check_biases(biases: str) -> None:
         raise bad_value("biases", biases, allowed, "change --model.biases")
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """How far rebuilt scores of this type may be off, relative to the largest."""
-    return max(_TOLERANCE.get(dtype, 0.0), _ROUNDINGS * torch.finfo(dtype).eps)
-
-
-def _off(layer: int, head: int, off: float, dtype: torch.dtype) -> CheckpointError:
-    return CheckpointError(
-        f"the rebuilt scores of head {head} in layer {layer} are off by {off:.2g} of the largest, more than "
-        f"the {_tolerance(dtype):.2g} that rounding in {_name(dtype)} explains"
-    )
-
-
-def _check_range(observed: Observed) -> None:
-    """Check that what a forward pass has left is finite.
-
-    Raises:
-        CheckpointError: It is not: the numbers are beyond the range of their type.
-    """
-    seen = observed.scores.masked_fill(~observed.is_key[:, None], 0)
-    parts = {"residuals": observed.x, "keys": observed.keys, "scores": seen}
-    finite = torch.stack([torch.isfinite(values).flatten(1).all(1) for values in parts.values()], dim=1)  # [layer, 3]
-    if not bool(finite.all()):
-        layer, part = divmod(int(finite.flatten().int().argmin()), len(parts))  # what comes after it follows from it
-        raise _overflow(f"the {list(parts)[part]} of layer {layer}", observed.scores.dtype)
-    if not bool(torch.isfinite(observed.logits).all()):
-        raise _overflow("the logits", observed.scores.dtype)
-
-
-def _overflow(what: str, dtype: torch.dtype) -> CheckpointError:
-    wider = {torch.float16: "; try --model.dtype=bfloat16 or float32"}.get(dtype, "")
-    largest = torch.finfo(dtype).max
-    return CheckpointError(f"{what} overflow: they are beyond the range of {_name(dtype)} ({largest:.3g}){wider}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _at_least_float32(heads: AttentionHeads) -> AttentionHeads:
     """Heads whose factorizations are not rounded to half precision."""
     wide = torch.promote_types(heads.W_Q.dtype, torch.float32)
-    b_Q, b_K = (None if bias is None else bias.to(wide) for bias in (heads.b_Q, heads.b_K))
-    return replace(heads, W_Q=heads.W_Q.to(wide), W_K=heads.W_K.to(wide), b_Q=b_Q, b_K=b_K)
+    parts = {name: getattr(heads, name) for name in PARTS}
+    return replace(heads, **{name: None if part is None else part.to(wide) for name, part in parts.items()})
 
 
 def _at_key(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
@@ -809,40 +791,3 @@ def _at_key(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:
     total = torch.einsum("lbn,lbnhi->lbhi", weights, keys)
     n_others = weights.sum(-1)[..., None, None] - 1
     return torch.stack([of_key - (total - of_key) / n_others, of_key], dim=2)
-
-
-def _layout(cfg: Any) -> Layout:
-    """How a model rotates, if it does."""
-    if getattr(cfg, "rotary_interleaved_cos_sin", False):
-        return "interleaved"
-    return "adjacent" if getattr(cfg, "rotary_adjacent_pairs", False) else "halves"
-
-
-def _windows(bridge: Any) -> list[int | None]:
-    """Number of keys that a query sees in each layer, itself included; None where it sees all before it."""
-    config = bridge.original_model.config
-    n_layers = len(bridge.blocks)
-    size = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if size is None or getattr(config, "use_sliding_window", True) is False:
-        return [None] * n_layers
-    if kinds is None:
-        return [size] * n_layers
-    return [size if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _checked_keys(key: Tensor, query: Tensor) -> Tensor:
-    key = key.to(query.device)
-    _check_positions("key", key, len(query), None)
-    if bool((key > query).any()):
-        raise bad_value("key", key.tolist(), f"0..query ({query.tolist()})", "attend to earlier tokens")
-    return key
-
-
-def _check_positions(name: str, positions: Tensor, n_batch: int, last: int | None) -> None:
-    if positions.shape != (n_batch,):
-        raise bad_value(f"{name}.shape", tuple(positions.shape), f"({n_batch},), one per prompt", "pass one each")
-    if bool((positions < 0).any()) or (last is not None and bool((positions > last).any())):
-        raise bad_value(
-            name, positions.tolist(), f"positions 0..{'query' if last is None else last}", "count from the first token"
-        )

@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 
 from svf_lightning.errors import bad_value
 from svf_lightning.probe import Move, Outcome, Side
-from svf_lightning.replay.continuation import Continuation, Hooks, LastToken
-from svf_lightning.replay.decompose import HeadSpace, Observed
+from svf_lightning.replay.continuation import Continuation, LastToken
+from svf_lightning.replay.decompose import HeadSpace
+from svf_lightning.replay.observed import Observed
 from svf_lightning.replay.prompts import PromptBatch
+from svf_lightning.replay.taps import Hooks, block_hook
 from svf_lightning.rotary import rotate
 
 _ROWS = 256  # last tokens that go through the model together
@@ -78,9 +80,11 @@ class PromptInterventions:
         They are sums of centred residuals with Gaussian weights, so the covariance is that of the sample and need not
         be formed.
         """
-        layer = head // self.space.n_heads
-        x = self.reads("", [layer])[layer]
-        position = torch.arange(x.shape[1], device=x.device)
+        layer, i = divmod(head, self.space.n_heads)
+        self._observe("", [layer])
+        residuals = self._read["", layer]
+        position = torch.arange(residuals.shape[1], device=residuals.device)
+        x = self.space.tokens_of_head(layer, i, "query", residuals, position)
         seen = (position > 0) & (position <= self.prompts.query[:, None])
         sample = x[seen]
         sample = sample - sample.mean(0)
@@ -134,7 +138,7 @@ class PromptInterventions:
                 raise bad_value("source", move.source, f"one of {self.sources}", "give prompts with counterfactuals")
         layers = sorted({move.head // self.space.n_heads for move in moves})
         for source in {"", *(move.source for move in moves)} if moves else ():
-            self.reads(source, layers)
+            self._observe(source, layers)
         most = max(1, _ROWS // max(len(group.prompts) for group in self._continuation.groups))
         outcomes: list[Outcome] = []
         for start in range(0, len(variants), most):
@@ -152,7 +156,7 @@ class PromptInterventions:
 
         def keep(layer: int) -> Callable[..., None]:
             def hook(x: Tensor, hook: object) -> None:
-                live[layer] = self._with_bias(x)
+                live[layer] = self._wide(layer, x)
 
             return hook
 
@@ -167,7 +171,7 @@ class PromptInterventions:
                     added[of, :, head % self.space.n_heads, 0] = changed.to(scores)
             return self._shifted(layer, scores, added.flatten(0, 1))
 
-        more: Hooks = [(f"blocks.{layer}.attn.hook_in", keep(layer)) for layer in sorted(layers)]
+        more: Hooks = [(self.space.layers[layer].read_hook, keep(layer)) for layer in sorted(layers)]
         return self._run(layers, change, more, copies=len(variants))
 
     def _run(self, layers: set[int], change: ChangeScores, more: Hooks | None = None, copies: int = 1) -> list[Outcome]:
@@ -193,8 +197,8 @@ class PromptInterventions:
 
                 return hook
 
-            hooks: Hooks = [(f"blocks.{layer}.attn.hook_pattern", keep(layer)) for layer in range(n_layers)]
-            hooks += [(f"blocks.{layer}.attn.hook_attn_scores", changed(layer)) for layer in sorted(layers)]
+            hooks: Hooks = [(self._hook(layer, "pattern"), keep(layer)) for layer in range(n_layers)]
+            hooks += [(self._hook(layer, "attn_scores"), changed(layer)) for layer in sorted(layers)]
             return [*(more or []), *hooks]
 
         outcomes = []
@@ -218,12 +222,22 @@ class PromptInterventions:
             layer: The layer.
             head: The head in the layer.
             moves: Its moves, each with the number of its copy.
-            live: What the head reads at the query's token [copy, m, 1, D].
+            live: What the head reads at the query's token [copy, m, 1, d_model].
         """
         space, observed, n = self.space, self.observed, group.position + 1
         prompts = group.prompts
         earlier = self._read["", layer][prompts, : n - 1].expand(len(live), -1, -1, -1)
-        x: dict[Side, Tensor] = {"query": live, "key": torch.cat([earlier, live], dim=2)}
+        positions: dict[Side, slice] = {"query": slice(n - 1, n), "key": slice(0, n)}
+        every = torch.arange(n, device=live.device)
+
+        def as_read(side: Side, tokens: Tensor) -> Tensor:
+            """Tokens as this head reads them; the number that a norm divides a token by is not changed by a move."""
+            return space.tokens_of_head(layer, head, side, tokens, every[positions[side]])
+
+        x: dict[Side, Tensor] = {
+            "query": as_read("query", live),
+            "key": as_read("key", torch.cat([earlier, live], dim=2)),
+        }
         moved = dict(x)
         alike: dict[tuple[Side, str], list[tuple[int, Move]]] = {}
         for place in moves:
@@ -232,18 +246,20 @@ class PromptInterventions:
             other = None
             if source:
                 whole = self._read[source, layer][prompts, :n]
-                other = whole[:, -1:] if side == "query" else whole
+                other = as_read(side, whole[:, positions[side]])
             copies = torch.tensor([i for i, _ in its], device=live.device)
             change = displacement([move for _, move in its], prompts, x[side][copies], other)
             moved[side] = moved[side].index_add(0, copies, change)
-        positions: dict[Side, slice] = {"query": slice(n - 1, n), "key": slice(0, n)}
         towards = {}
         for which, inputs in (("old", x), ("new", moved)):
             for side, at in positions.items():
                 vectors = inputs[side] @ space.weights(layer, head, side).T
                 if observed.rotation is not None:
                     cos, sin = (part[layer, at] for part in observed.rotation)
-                    vectors = rotate(vectors, cos, sin, layout=space.layout)
+                    vectors = rotate(vectors, cos, sin, layout=space.layers[layer].layout)
+                gain = space.gain(layer)
+                if gain is not None and side == "key":
+                    vectors = vectors * gain[head].to(vectors)
                 towards[which, side] = vectors
         new, old = (
             torch.einsum("cbh,cbjh->cbj", towards[which, "query"][:, :, 0], towards[which, "key"])
@@ -259,25 +275,32 @@ class PromptInterventions:
         capped = cap * torch.tanh(torch.atanh((scores / cap).clamp(-_CAPPED, _CAPPED)) + added / cap)
         return torch.where(added == 0, scores, capped)
 
-    def _with_bias(self, x: Tensor) -> Tensor:
-        """What heads read, with a 1 appended if they have biases; float32 at least."""
-        x = x.to(self.space.heads.W_Q.dtype)
-        return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if self.space.heads.has_bias else x
+    def _hook(self, layer: int, name: str) -> str:
+        """Name of a hook point of a layer, which is counted among those with attention."""
+        return block_hook(self.space.layers[layer].block, name)
+
+    def _wide(self, layer: int, x: Tensor) -> Tensor:
+        """What the heads of a layer read, in float32 at least, from what its hook for it shows."""
+        return self.space.layers[layer].tokens(x.to(self.space.heads.W_Q.dtype))
 
     def reads(self, source: str, layers: Sequence[int]) -> dict[int, Tensor]:
-        """What the heads of some layers read at every position [batch, n, D]; kept, as one run follows another."""
+        """What the heads of some layers read at every position [batch, n, D], with a 1 appended if they have biases."""
+        self._observe(source, layers)
+        return {layer: self.space.with_constant(self._read[source, layer]) for layer in layers}
+
+    def _observe(self, source: str, layers: Sequence[int]) -> None:
+        """Keep what the heads of some layers read, unless that was done: one run follows another."""
         missing = [layer for layer in layers if (source, layer) not in self._read]
 
         def keep(layer: int) -> Callable[..., None]:
             def hook(x: Tensor, hook: object) -> None:
-                self._read[source, layer] = self._with_bias(x)
+                self._read[source, layer] = self._wide(layer, x)
 
             return hook
 
         if missing:
-            hooks: Hooks = [(f"blocks.{layer}.attn.hook_in", keep(layer)) for layer in missing]
+            hooks: Hooks = [(self.space.layers[layer].read_hook, keep(layer)) for layer in missing]
             self.space.bridge.run_with_hooks(self._tokens[source], fwd_hooks=hooks)
-        return {layer: self._read[source, layer] for layer in layers}
 
 
 def _by_copy(rows: Tensor, copies: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from svf_lightning.bridged import AttentionLayer
 from svf_lightning.errors import CheckpointError, bad_value, reason
-from svf_lightning.replay.continuation import Hooks
+from svf_lightning.replay.taps import Hooks
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -104,6 +105,7 @@ def _read(where: str) -> str:
 @torch.inference_mode()
 def hand_over_reads(
     bridge: TransformerBridge,
+    layers: Sequence[AttentionLayer],
     tokens: Int[Tensor, "batch n"],
     length: Int[Tensor, "batch"] | None,
     take: Callable[[int, Float[Tensor, "tokens D"]], None],
@@ -115,9 +117,10 @@ def hand_over_reads(
 
     Args:
         bridge: The model; in "folded" processing its heads read normalized residuals without gain.
+        layers: Its attention layers.
         tokens: Ids, padded on the right.
         length: Tokens of each row that are no padding; None for all.
-        take: Called once for each layer.
+        take: Called once for each of them, with its number among them.
 
     Raises:
         CheckpointError: Numbers beyond the range of the weights' dtype.
@@ -131,12 +134,14 @@ def hand_over_reads(
 
     def hand(layer: int) -> Callable[..., None]:
         def hook(x: Tensor, hook: object) -> None:
-            read = x[seen]
+            read = layers[layer].tokens(x[seen])
             if not bool(torch.isfinite(read).all()):
-                raise CheckpointError(f"what the heads of layer {layer} read overflows; try --model.dtype=float32")
+                raise CheckpointError(
+                    f"what the heads of layer {blocks[layer]} read overflows; try --model.dtype=float32"
+                )
             take(layer, read)
 
         return hook
 
-    hooks: Hooks = [(f"blocks.{layer}.attn.hook_in", hand(layer)) for layer in range(bridge.cfg.n_layers)]
+    hooks: Hooks = [(layer.read_hook, hand(number)) for number, layer in enumerate(layers)]
     bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)

@@ -132,11 +132,11 @@ def test_bases_of_single_heads_are_kept_up_to_a_size(monkeypatch):
     model = bridge("llama")
     rule = RULES["the first token as well"]
     plain = found(HeadSpace(model), rule)
-    monkeypatch.setattr("svf_lightning.replay.decompose._KEPT_BYTES", 1)
+    monkeypatch.setattr("svf_lightning.replay.firings._KEPT_BYTES", 1)
     space = HeadSpace(model)
     few = found(space, rule)
     most = max(len({(int(h), int(q - k)) for h, q, k in zip(b.head, b.query, b.key, strict=True)}) for b in few)
-    assert len(space._head_bases) <= most < sum(len(b.head) for b in few)
+    assert len(space._firings._bases) <= most < sum(len(b.head) for b in few)
     torch.testing.assert_close(joined_scores(few, "S"), joined_scores(plain, "S"))
 
 
