@@ -116,7 +116,8 @@ FAMILIES = (
     Family("GPT-J", "gptj", dict(_E, rotary_dim=4), "RoPE in adjacent pairs"),
     Family("CodeGen", "codegen", dict(_E, rotary_dim=4), "RoPE in adjacent pairs"),
     Family(
-        "Falcon-7B", "falcon", dict(vocab_size=N_VOCABULARY, hidden_size=40, num_hidden_layers=4, num_attention_heads=4),
+        "Falcon-7B", "falcon",
+        dict(vocab_size=N_VOCABULARY, hidden_size=40, num_hidden_layers=4, num_attention_heads=4),
         "RoPE, one key head",
     ),
     Family(
@@ -230,7 +231,8 @@ FAMILIES = (
     ),
     Family(
         "Falcon-H1", "falcon_h1",
-        dict(_H, mamba_n_heads=4, mamba_d_head=20, mamba_d_ssm=80, mamba_d_state=8, mamba_n_groups=1, key_multiplier=0.5),
+        dict(_H, mamba_n_heads=4, mamba_d_head=20, mamba_d_ssm=80, mamba_d_state=8, mamba_n_groups=1,
+             key_multiplier=0.5),
         "RoPE, keys multiplied; Mamba in the same blocks",
     ),
     Family(
@@ -263,7 +265,8 @@ FAMILIES = (
            "QK-norm over all heads; beside linear attention"),
     Family("Qwen3-Next", "qwen3_next", dict(_H, shared_expert_intermediate_size=16, **_MOE, **_LINEAR),
            "QK-norm, gated queries; beside linear attention"),
-    Family("Qwen3.5", "qwen3_5_text", dict(_G, head_dim=16, **_LINEAR), "QK-norm, gated queries; beside linear attention"),
+    Family("Qwen3.5", "qwen3_5_text", dict(_G, head_dim=16, **_LINEAR),
+           "QK-norm, gated queries; beside linear attention"),
     Family("Qwen3.5 MoE", "qwen3_5_moe_text",
            dict(_G, head_dim=16, shared_expert_intermediate_size=16, **_MOE, **_LINEAR),
            "QK-norm, gated queries; beside linear attention"),
@@ -279,7 +282,8 @@ FAMILIES = (
     Family("DeepSeek-V3", "deepseek_v3", _MLA, "MLA"),
     Family("GLM-4 MoE Lite", "glm4_moe_lite", _MLA, "MLA"),
     Family("Youtu", "youtu", _MLA, "MLA"),
-    Family("JetMoe", "jetmoe", dict(_B, kv_channels=10, num_key_value_heads=4, num_local_experts=4), "heads are experts"),
+    Family("JetMoe", "jetmoe", dict(_B, kv_channels=10, num_key_value_heads=4, num_local_experts=4),
+           "heads are experts"),
     Family("HRM-Text", "hrm_text", _B, "layers that run again"),
     # no attention
     Family("Mamba", "mamba", dict(vocab_size=N_VOCABULARY, hidden_size=40, num_hidden_layers=2, state_size=4),
@@ -304,11 +308,12 @@ class Result(NamedTuple):
 
 def build(family: Family, *, seed: int = 0, spread: float = 0.3) -> Any:
     """A model of a family, with everything random; a fresh one has zeros and ones in biases and norms."""
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family.model_type](**family.options)).eval()
+    make: Any = transformers.AutoModelForCausalLM
+    model = make.from_config(CONFIG_MAPPING[family.model_type](**family.options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += spread * torch.randn_like(parameter)
@@ -348,13 +353,13 @@ def decomposed(family: Family, processing: Any) -> Result:
             scores[layer] = cap * (scores[layer] / cap).tanh()
     seen = observed.is_key[:, None].expand_as(scores)
     own = observed.scores[seen]
-    error = float((scores[seen] - own).abs().max() / own.abs().max())
+    largest = float((scores[seen] - own).abs().max() / own.abs().max())
     logits = observed.logits
     off = (logits - logits.mean(-1, keepdim=True)) - (expected - expected.mean(-1, keepdim=True))
     if float(off.abs().max() / expected.abs().max()) > 1e-4:
         return Result(None, "the processed model computes other logits")
     layers = "all" if space.n_layers == len(bridge.blocks) else f"{space.n_layers} of {len(bridge.blocks)}"
-    return Result(error, n_layers=layers)
+    return Result(largest, n_layers=layers)
 
 
 def table(families: tuple[Family, ...]) -> tuple[str, int, int, int]:

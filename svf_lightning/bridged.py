@@ -1,13 +1,13 @@
 """What the attention layers of a TransformerLens bridge compute, as their modules say it: the terms of a score.
 
 With ``W_Q``, ``W_K`` and biases, a layer's scores are, for a query at position p and a key at position j,
-``scale * q_p . k_j`` (below a soft cap), with ``q = M_p n_q(W_Q x + b_Q) t_p`` and ``k = M_j n_k(W_K y + b_K)``: M is the
-rotation of a position, if there is one, n a norm of queries and keys (QK-norm; Henry et al. 2020, arXiv 2010.04245) and
-t_p a factor of the position alone.
+``scale * q_p . k_j`` (below a soft cap), with ``q = M_p n_q(W_Q x + b_Q) t_p`` and ``k = M_j n_k(W_K y + b_K)``: M is
+the rotation of a position, if there is one, n a norm of queries and keys (QK-norm; Henry et al. 2020, arXiv 2010.04245)
+and t_p a factor of the position alone.
 
 A norm divides by one number per token and head, as the norm of the residual stream does, so that
-``n(v) = s(token) * (G C v) + c`` with gains G on the diagonal, a centring matrix C (LayerNorm), and a bias c. G and C go
-into W and b; c stays apart, as it does not carry the token's scalar s.
+``n(v) = s(token) * (G C v) + c`` with gains G on the diagonal, a centring matrix C (LayerNorm), and a bias c. G and C
+go into W and b; c stays apart, as it does not carry the token's scalar s.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class AttentionLayer:
         clip: Bound that queries and keys are clamped to, or None.
         layout: How components are paired by the rotation.
         is_rotary: Whether positions rotate queries and keys.
+        key_factor: What projected keys are multiplied with; a part of W_K here (Falcon-H1).
         input_norm: Norm of what the heads read, where its gain is folded into W here and not in the model, or None.
     """
 
@@ -116,6 +117,7 @@ class AttentionLayer:
     clip: float | None
     layout: Layout
     is_rotary: bool
+    key_factor: float = 1.0
     input_norm: QKNorm | None = None
 
     @property
@@ -161,12 +163,12 @@ class AttentionLayer:
         original = self.attention.original_component
         config = getattr(original, "config", None)
         if getattr(original, "attn_temperature_tuning", False) and not self.is_rotary:
-            grown = torch.log1p(torch.floor((position.float() + 1) / original.floor_scale))
-            return grown * original.attn_scale + 1
+            grown = torch.log1p(torch.floor((position.float() + 1) / float(original.floor_scale)))
+            return grown * float(original.attn_scale) + 1
         rope = getattr(config, "rope_parameters", None)
         if isinstance(rope, dict) and rope.get("llama_4_scaling_beta") is not None:
-            longest = rope["original_max_position_embeddings"]
-            return 1 + rope["llama_4_scaling_beta"] * torch.log1p(torch.floor(position.float() / longest))
+            longest = float(rope["original_max_position_embeddings"])
+            return 1 + float(rope["llama_4_scaling_beta"]) * torch.log1p(torch.floor(position.float() / longest))
         return None
 
 
@@ -212,8 +214,8 @@ def _read_layer(bridge: Any, number: int, attention: Any, model: str) -> Attenti
     if "kv_b" in attention.submodules or hasattr(original, "kv_b_proj") or hasattr(original, "kv_a_proj_with_mqa"):
         raise _in_the_way(
             model,
-            f"{where} has multi-head latent attention (MLA), whose keys join a normalized part and a rotary part that is "
-            "not, so no matrix stands between two tokens",
+            f"{where} has multi-head latent attention (MLA), whose keys join a normalized part and a rotary part that "
+            "is not, so no matrix stands between two tokens",
         )
     try:
         W_Q, W_K = attention.W_Q.detach().mT, attention.W_K.detach().mT
@@ -226,14 +228,14 @@ def _read_layer(bridge: Any, number: int, attention: Any, model: str) -> Attenti
         b_Q = b_Q.reshape(n_heads, -1)[:, : W_Q.shape[1]]
     if n_heads % n_keys or W_Q.shape[1:] != W_K.shape[1:]:
         raise _in_the_way(model, f"{where} has W_Q of shape {tuple(W_Q.shape)} and W_K of shape {tuple(W_K.shape)}")
-    multiplier = getattr(original, "key_multiplier", None)
-    if multiplier is not None:  # Falcon-H1
-        W_K, b_K = W_K * multiplier, None if b_K is None else b_K * multiplier
+    key_factor = float(getattr(original, "key_multiplier", None) or 1.0)
+    if key_factor != 1:
+        W_K, b_K = W_K * key_factor, None if b_K is None else b_K * key_factor
     q_norm, k_norm = (
         None if norm is None else _read_norm(norm, n, W_Q.shape[1], W_Q.device, model, where)
         for norm, n in zip(_norms(original), (n_heads, n_keys), strict=True)
     )
-    input_norm = getattr(bridge, _FOLDED_WHEN_READ, {}).get(number)
+    input_norm = (getattr(bridge, _FOLDED_WHEN_READ, None) or {}).get(number)
     if input_norm is not None:
         W_Q, b_Q, W_K, b_K = (*_with_norm(W_Q, b_Q, input_norm), *_with_norm(W_K, b_K, input_norm))
     config = bridge.original_model.config
@@ -256,6 +258,7 @@ def _read_layer(bridge: Any, number: int, attention: Any, model: str) -> Attenti
         clip=getattr(config, "clip_qkv", None) or getattr(original, "clip_qkv", None),
         layout=_layout(bridge.cfg, original),
         is_rotary=_rotates(bridge.cfg, original),
+        key_factor=key_factor,
         input_norm=input_norm,
     )
 
@@ -271,7 +274,12 @@ def _with_norm(W: Tensor, b: Tensor | None, norm: QKNorm) -> tuple[Tensor, Tenso
     return folded, of_shift if b is None else b + of_shift
 
 
-@torch.inference_mode()
+def is_folded_when_read(bridge: Any) -> bool:
+    """Whether :func:`fold_when_read` was called for a bridge."""
+    return getattr(bridge, _FOLDED_WHEN_READ, None) is not None
+
+
+@torch.no_grad()
 def fold_when_read(bridge: Any) -> None:
     """Have the norms before attention folded into W_Q and W_K where these are read, with the model left as it is.
 
@@ -282,6 +290,8 @@ def fold_when_read(bridge: Any) -> None:
         InputError: Such a norm is neither LayerNorm nor RMSNorm.
     """
     model = model_name(bridge)
+    if hasattr(bridge, "find_norms"):
+        bridge.find_norms()
     shown: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -303,7 +313,7 @@ def fold_when_read(bridge: Any) -> None:
         if isinstance(norm, torch.nn.Identity):
             continue
         if out in shown and read in shown and torch.equal(shown[out], shown[read]):
-            norms[number] = _read_norm(norm, 1, bridge.cfg.d_model, shown[read].device, model, f"layer {number}")
+            norms[number] = _read_norm(norm, 1, shown[read].shape[-1], shown[read].device, model, f"layer {number}")
     setattr(bridge, _FOLDED_WHEN_READ, norms)
 
 
@@ -395,6 +405,8 @@ def _rotates(cfg: Any, original: Any) -> bool:
         # Llama-4 has layers without; of AFMoE, only the local ones rotate
         if hasattr(original, name) and (name == "use_rope" or type(original).__name__ == "AfmoeAttention"):
             return bool(getattr(original, name))
+    if getattr(getattr(original, "config", None), "alibi", False):
+        return False  # Falcon-RW, which has angles and does not use them
     return getattr(cfg, "positional_embedding_type", None) == "rotary" or hasattr(original, _ANGLES_OF_TABLE)
 
 

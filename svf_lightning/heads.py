@@ -83,8 +83,8 @@ class AttentionHeads:
     def from_bridge(cls, bridge: Any) -> AttentionHeads:
         """All heads of a TransformerLens ``TransformerBridge``, as [layer, head, ...], on the bridge's device.
 
-        Shared key heads (grouped queries) are repeated, one for each query head; the scale is the model's own. If layers
-        have different ones, the scale is that of the first, and W_Q and b_Q of the others hold what is left of theirs.
+        Shared key heads (grouped queries) are repeated, one for each query head; the scale is the model's own. Where
+        layers have different ones, it is that of the first, and W_Q and b_Q of the others hold what is left of theirs.
         Blocks without attention are left out. Rotary positions are left out too: this is the form of a query and a key
         at the same position (offset 0). Weights are those of the bridge's present processing: after
         ``enable_compatibility_mode()`` the normalization is folded in. So are gains and centring of a norm of queries

@@ -309,7 +309,7 @@ class Probe:
         return features.reshape(*features.shape[:-2], *(1,) * missing, *features.shape[-2:])
 
     def in_forms(self, features: Float[Tensor, "... D N"]) -> Float[Tensor, "... D1 N"]:
-        """As :meth:`for_heads`, with 0 at the coordinates of biases that the heads' bilinear forms have (D -> D + 1)."""
+        """As :meth:`for_heads`, with 0 at the coordinates of biases that the heads' forms have (D -> D + 1)."""
         features = self.for_heads(features)
         if self.heads is None or not self.heads.has_bias:
             return features

@@ -167,6 +167,19 @@ class AttentionSparsity(ProbeMetric):
             unit="nats", logged="mean", source="method, section 6", gaps=True,
             needs="a language model whose heads have biases, and --model.biases=separate",
         ),
+        Quantity(
+            "sad/position_share", "share of the position term",
+            "Of the relative score's size: position term / (position term + sum over singular pairs), both without "
+            "sign; mean over pairs. 0: content alone.",
+            unit="share", low=0, high=1, logged="mean", gaps=True, source="Press et al. 2022",
+            needs="a language model that adds a term of positions to its scores (ALiBi)",
+        ),
+        Quantity(
+            "sad/score_of_position", "relative score, what positions add",
+            "What ALiBi adds to the score beside the singular pairs, of which it is no part; mean.",
+            unit="nats", logged="mean", gaps=True, source="Press et al. 2022",
+            needs="a language model that adds a term of positions to its scores (ALiBi)",
+        ),
         *_OF_TASK,
         *_ATTENDING,
         *(
@@ -250,6 +263,7 @@ class AttentionSparsity(ProbeMetric):
         self._seen: SparseAttention | None = None
         self._errors: list[Tensor] = []
         self._of_biases: list[Tensor] = []
+        self._of_positions: list[tuple[Tensor, Tensor]] = []  # the position term, and the sum over singular pairs
         self._logit_differences: list[Tensor] = []
 
     def observe(self, probe: Probe) -> None:
@@ -265,6 +279,8 @@ class AttentionSparsity(ProbeMetric):
             self._errors.append(scores.error)
         if scores.bias is not None:
             self._of_biases.append(scores.bias)
+        if scores.position is not None:
+            self._of_positions.append((scores.position, scores.contributions.sum(-1)))
         if scores.logit_difference is not None:
             self._logit_differences.append(scores.logit_difference)
 
@@ -291,6 +307,10 @@ class AttentionSparsity(ProbeMetric):
             measured["sad/score_error"] = torch.stack(self._errors).amax(0)
         if self._of_biases:
             measured["sad/score_of_biases"] = torch.cat(self._of_biases, -1).nanmean(-1)
+        if self._of_positions:
+            term, content = (torch.cat(parts, -1) for parts in zip(*self._of_positions, strict=True))
+            measured["sad/score_of_position"] = term.nanmean(-1)
+            measured["sad/position_share"] = (term.abs() / (term.abs() + content.abs())).nanmean(-1)
         templates = templates_of(probe, seen.score.shape[-1])
         if seen.attention is not None:
             measured |= self._of_the_task(seen, rank, templates)
@@ -302,7 +322,8 @@ class AttentionSparsity(ProbeMetric):
             measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
             if self.keep_prompts:
                 measured["prompt/logit_difference"] = difference
-        self._seen, self._errors, self._of_biases, self._logit_differences = None, [], [], []
+        self._seen, self._errors, self._of_biases, self._of_positions = None, [], [], []
+        self._logit_differences = []
         return {name: value[None] for name, value in measured.items()}
 
     def _metric(self) -> SparseAttention:

@@ -23,22 +23,32 @@ cancels. Which of the three the authors of the papers take is not known here.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from svf_lightning.bridged import AttentionLayer, attention_layers, model_name
+from svf_lightning.bridged import attention_layers, model_name
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.heads import PARTS, AttentionHeads, HeadSVD, verified_qr, verified_svd
 from svf_lightning.probe import AttendedScores, FiringBatch, FiringRule, Side
 from svf_lightning.replay.firings import FiringFinder
-from svf_lightning.replay.observed import Observed, check_positions, check_range, checked_keys, off, overflow, tolerance
+from svf_lightning.replay.observed import (
+    Observed,
+    Rotation,
+    check_positions,
+    check_range,
+    checked_keys,
+    coarser,
+    off,
+    overflow,
+    tolerance,
+)
 from svf_lightning.replay.taps import Shown, Taps
-from svf_lightning.rotary import Layout, rotate
+from svf_lightning.rotary import rotate
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -53,23 +63,28 @@ _FULL_RANK = 1e-6  # smallest singular value of a factor whose pseudo-inverse is
 _NOT_BILINEAR = 1e-2  # from here on, a difference does not come from rounding: the scores have another form
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """Scores of one query per prompt, as sums over singular pairs; unpacks into contributions and scores.
+class _Sums(NamedTuple):
+    contributions: Float[Tensor, "layer head batch n R"]
+    scores: Float[Tensor, "layer head batch n"]
+
+
+class Decomposition(_Sums):
+    """Scores of one query per prompt, as sums over singular pairs; as a tuple: contributions and scores.
 
     Args:
-        contributions: c_jk, 0 at positions that are no keys of the query.
-        scores: The model's own, before the softmax and before a soft cap; 0 there too.
+        contributions: c_jk, 0 at positions that are no keys of the query [layer, head, batch, n, R].
+        scores: The model's own, before the softmax and before a soft cap; 0 there too [layer, head, batch, n].
         position: ``scores`` minus the sum of the contributions: 0, but for terms that positions add to the scores
             (ALiBi), which are part of no singular pair, and for biases that are kept beside the pairs.
     """
 
-    contributions: Float[Tensor, "layer head batch n R"]
-    scores: Float[Tensor, "layer head batch n"]
     position: Float[Tensor, "layer head batch n"]
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.contributions, self.scores))
+    def __new__(cls, contributions: Tensor, scores: Tensor, position: Tensor) -> Decomposition:
+        """A tuple of two, as earlier versions had it, with the position terms beside it."""
+        found = super().__new__(cls, contributions, scores)
+        found.position = position
+        return found
 
 
 def decompose_attention(
@@ -124,6 +139,7 @@ class HeadSpace:
         self.bridge = bridge
         self.layers = attention_layers(bridge)
         self.taps = Taps(bridge, self.layers)
+        self.dtype = self.layers[0].W_K.dtype  # of the model's weights
         heads = _at_least_float32(AttentionHeads.from_layers(self.layers))
         is_outside = biases != "appended" and heads.has_bias
         whole, self.heads = heads, heads.without_biases() if is_outside else heads
@@ -213,14 +229,15 @@ class HeadSpace:
             x = shown["x"][batch, query].to(self.heads.W_Q.dtype)
             # sums over half precision would add errors of their own; the model's scores stay what they are
             keys, of_key = self.normed_keys(number, shown["keys"].to(self.heads.W_Q.dtype))
-            found = {
+            found: dict[str, Tensor | None] = {
                 "x": x.clone(),
                 "keys": keys.clone(),
                 "of_key": of_key,
                 "of_query": self.token_scalars(number, "query", x, query),
                 "scores": shown["scores"][batch, :, query].clone(),
                 "pattern": shown["pattern"][batch, :, query].clone(),
-                **{part: shown[part].clone() for part in ("cos", "sin") if part in shown},
+                "cos": shown["cos"].clone() if "cos" in shown else None,
+                "sin": shown["sin"].clone() if "sin" in shown else None,
             }
             if "position" in shown:
                 found["position"] = shown["position"].expand(n_batch, -1, n, -1)[batch, :, query].clone()
@@ -236,14 +253,18 @@ class HeadSpace:
             if name not in kept:
                 return None
             of_layers = kept[name]
-            fill = torch.ones_like if name in ("cos", "of_query", "of_key") else torch.zeros_like
+            fill = torch.ones_like if name in ("of_query", "of_key") else torch.zeros_like
             some = next(iter(of_layers.values()))
             return torch.stack([of_layers[i] if i in of_layers else fill(some) for i in range(self.n_layers)])
 
         parts = {name: stacked(name) for name in ("x", "keys", "scores", "pattern", "of_query", "of_key", "position")}
         x, keys, scores, pattern = (parts[name] for name in ("x", "keys", "scores", "pattern"))
-        assert x is not None and keys is not None and scores is not None and pattern is not None
-        cos, sin = stacked("cos"), stacked("sin")
+        assert x is not None
+        assert keys is not None
+        assert scores is not None
+        assert pattern is not None
+        angles = [kept.get(part, {}) for part in ("cos", "sin")]
+        rotation = [(angles[0][i], angles[1][i]) if i in angles[0] else None for i in range(self.n_layers)]
         of_query, position = parts["of_query"], parts["position"]
         observed = Observed(
             query,
@@ -252,7 +273,7 @@ class HeadSpace:
             keys,
             scores.transpose(1, 2),
             pattern.transpose(1, 2),
-            None if cos is None or sin is None else (cos, sin),
+            rotation if angles[0] else None,
             self.visible(query, n),
             None if of_query is None else of_query.transpose(1, 2),
             parts["of_key"],
@@ -358,8 +379,8 @@ class HeadSpace:
         return a + Q[:, n].double() if self._has_shift else a
 
     def tokens_of_head(
-        self, layer: int, head: int, side: Side, x: Float[Tensor, "batch n D"], position: Int[Tensor, "n"]
-    ) -> Float[Tensor, "batch n D1"]:
+        self, layer: int, head: int, side: Side, x: Float[Tensor, "*batch n D"], position: Int[Tensor, "n"]
+    ) -> Float[Tensor, "*batch n D1"]:
         """Tokens as one head reads them: times the token's scalar, and with a constant for each kind of bias."""
         scalars = self.token_scalars(layer, side, x, position.expand(x.shape[:-1]))
         token = self.with_constant(x)
@@ -515,20 +536,22 @@ class HeadSpace:
         turn = None
         if has_offsets:
             assert observed.rotation is not None
-            cos, sin = observed.rotation
-            turn = torch.stack(
-                [
-                    self.turn(i, slice(None), cos[i, query], sin[i, query], cos[i, key], sin[i, key])
-                    for i in range(self.n_layers)
-                ]
-            )
+            turn = torch.stack([self._turn_at(i, angles, query, key) for i, angles in enumerate(observed.rotation)])
         basis = self.svd_of(self.A_q, A_k, turn)
         self._bases[which] = basis
         if len(self._bases) > _KEPT_OFFSETS:
             self._bases.popitem(last=False)
         return basis
 
-    def _has_offsets(self, rotation: tuple[Tensor, Tensor] | None) -> bool:
+    def _turn_at(self, layer: int, angles: tuple[Tensor, Tensor] | None, query: int, key: int) -> Tensor:
+        """Turn between two positions of a layer's heads [head, H, H]."""
+        eye = torch.eye(self.d_head, dtype=torch.float64, device=self.A_q.device)
+        if angles is not None:
+            cos, sin = angles
+            eye = self.turn(layer, slice(None), cos[query], sin[query], cos[key], sin[key])
+        return eye.expand(self.n_heads, -1, -1)
+
+    def _has_offsets(self, rotation: Rotation | None) -> bool:
         """True if the basis depends on the offset from query to key."""
         return rotation is not None and not self.is_fixed
 
@@ -590,18 +613,22 @@ class HeadSpace:
 
     def _rotated(self, observed: Observed, keys: Tensor) -> Tensor:
         """Key vectors as the scores see them, but for gains [layer, batch, n, key_head, H]."""
-        if observed.rotation is None:
-            return keys
-        cos, sin = (part[:, None, :, None] for part in observed.rotation)
-        return self._by_layout(keys, cos, sin)
+        return self._rotate(observed, keys, lambda part: part[None, :, None])
 
-    def _by_layout(self, vectors: Tensor, cos: Tensor, sin: Tensor, **how: bool) -> Tensor:
-        """Rotate vectors of all layers, each as its layout has it."""
-        layouts = [layer.layout for layer in self.layers]
-        if len(set(layouts)) == 1:
-            return rotate(vectors, cos, sin, layout=layouts[0], **how)
-        parts = zip(vectors, cos, sin, layouts, strict=True)
-        return torch.stack([rotate(*part, layout=layout, **how) for *part, layout in parts])
+    def _rotate(
+        self, observed: Observed, vectors: Tensor, place: Callable[[Tensor], Tensor], *, transpose: bool = False
+    ) -> Tensor:
+        """Rotate vectors [layer, ..., H]; ``place`` brings angles [n, rotary] to where they are needed."""
+        if observed.rotation is None:
+            return vectors
+        return torch.stack(
+            [
+                own
+                if angles is None
+                else rotate(own, *(place(part).to(own) for part in angles), layout=form.layout, transpose=transpose)
+                for own, angles, form in zip(vectors, observed.rotation, self.layers, strict=True)
+            ]
+        )
 
     def _of_heads(self, keys: Float[Tensor, "layer batch m key_head H"]) -> Float[Tensor, "layer batch m head H"]:
         """Rotated keys as each query head sees them, float64."""
@@ -638,16 +665,16 @@ class HeadSpace:
 
     def _of_biases_at(self, observed: Observed, q: Tensor, keys: Tensor, own_keys: Tensor) -> Tensor:
         """The same, of rotated keys [layer, batch, m, key_head, H]; q is not rotated. [layer, head, batch, m]."""
-        queries = [q, q - self._outside_of_queries(observed)]
-        if observed.rotation is not None:
-            cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-            queries = [self._by_layout(query, cos, sin) for query in queries]
+        queries = [
+            self._rotate(observed, query, lambda part: part[None, observed.query])
+            for query in (q, q - self._outside_of_queries(observed))
+        ]
         of_heads = (self._of_heads(key).permute(0, 3, 1, 2, 4) for key in (keys, own_keys))
         return self.of_biases(*queries, *of_heads)
 
     def kept_beside(self, of_biases: Tensor | None, of_position: Tensor | None) -> dict[str, Tensor]:
         """Fields of :class:`AttendedScores`, from relative and raw values [..., n, 2] -> [..., n]."""
-        fields = {}
+        fields: dict[str, Tensor] = {}
         for name, values in (("bias", of_biases if self.is_separate else None), ("position", of_position)):
             if values is not None:
                 fields |= {name: values[..., 0].float(), f"raw_{name}": values[..., 1].float()}
@@ -657,8 +684,9 @@ class HeadSpace:
         """With a fixed basis, queries with their positions moved into them (x~); else as they are."""
         if not self.is_fixed or observed.rotation is None:
             return a
-        cos, sin = (part[:, None, observed.query].double() for part in observed.rotation)
-        turned: Tensor = self._by_layout(a @ self.A_q, cos, sin) @ self.to_query.mT
+        turned: Tensor = (
+            self._rotate(observed, a @ self.A_q, lambda part: part[None, observed.query]) @ self.to_query.mT
+        )
         return turned
 
     def _seen_from_query(self, observed: Observed, rotated: Tensor) -> Tensor:
@@ -666,9 +694,7 @@ class HeadSpace:
         of_heads = self._of_heads(rotated)
         if self._has_offsets(observed.rotation):
             # relative to the query, a key is rotated back by the query's position
-            assert observed.rotation is not None
-            cos, sin = (part[:, observed.query, None, None].double() for part in observed.rotation)
-            of_heads = self._by_layout(of_heads, cos, sin, transpose=True)
+            of_heads = self._rotate(observed, of_heads, lambda part: part[observed.query, None, None], transpose=True)
         return torch.einsum("lhij,lbnhj->lhbni", self.A_q * self.heads.scale, of_heads)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
@@ -685,7 +711,7 @@ class HeadSpace:
         if not bool(torch.isfinite(keys).all()):
             return  # said as an overflow
         difference = float((expected - keys).abs().max() / keys.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-        if difference > max(_NOT_BILINEAR, 4 * tolerance(form.W_K.dtype)):
+        if difference > max(_NOT_BILINEAR, 4 * tolerance(self.dtype)):
             raise InputError(
                 f"the keys of layer {form.block} of {model_name(self.bridge)} are not W_K times what its heads read "
                 f"(off by {difference:.2g} of the largest), as where layers share keys. Allowed: keys that a layer "
@@ -708,9 +734,7 @@ class HeadSpace:
             CheckpointError: They differ by more than rounding explains.
         """
         towards = q.transpose(1, 2) * self.heads.scale
-        if observed.rotation is not None:
-            cos, sin = (part[:, observed.query, None].double() for part in observed.rotation)
-            towards = self._by_layout(towards, cos, sin)
+        towards = self._rotate(observed, towards, lambda part: part[observed.query, None])
         if self._gain is not None:
             towards = towards * self._gain[:, None]
         n_layers, n_batch = towards.shape[:2]
@@ -728,7 +752,7 @@ class HeadSpace:
         # where all products cancel, rounding is that of a score of unrelated vectors of this length, |q| |k| / sqrt(H)
         longest = rotated.norm(dim=-1).masked_fill(~observed.is_key[..., None], 0).amax(2)
         usual = (grouped.norm(dim=-1) * longest[..., None]).flatten(2).amax(1) / self.d_head**0.5
-        dtype = observed.scores.dtype
+        dtype = coarser(observed.scores.dtype, self.dtype)
         beyond = difference > tolerance(dtype) * torch.maximum(size, usual)
         if bool(beyond.any()):
             worst = torch.where(beyond, error, 0.0)
@@ -769,8 +793,9 @@ def check_biases(biases: str) -> None:
 def _at_least_float32(heads: AttentionHeads) -> AttentionHeads:
     """Heads whose factorizations are not rounded to half precision."""
     wide = torch.promote_types(heads.W_Q.dtype, torch.float32)
-    parts = {name: getattr(heads, name) for name in PARTS}
-    return replace(heads, **{name: None if part is None else part.to(wide) for name, part in parts.items()})
+    parts: dict[str, Any] = {name: getattr(heads, name) for name in PARTS}
+    wider: dict[str, Any] = {name: None if part is None else part.to(wide) for name, part in parts.items()}
+    return replace(heads, **wider)
 
 
 def _at_key(keys: Tensor, is_key: Tensor, attended: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from svf_lightning.errors import bad_value
 from svf_lightning.heads import HeadSVD
 from svf_lightning.probe import AttendedScores, FiringBatch, FiringRule
-from svf_lightning.replay.observed import check_positions, off, tolerance
+from svf_lightning.replay.observed import check_positions, coarser, off, tolerance
 from svf_lightning.replay.taps import Shown
 from svf_lightning.rotary import rotate
 
@@ -171,10 +171,11 @@ class FiringFinder:
             rebuilt = cap * (rebuilt / cap).tanh()
         at_pair = own[prompt, head, query, key]
         differs = (rebuilt - at_pair).abs()
-        beyond = differs > tolerance(own.dtype) * usual.clamp_min(float(own_size))
+        dtype = coarser(own.dtype, space.dtype)
+        beyond = differs > tolerance(dtype) * usual.clamp_min(float(own_size))
         if bool(beyond.any()):
             worst = int(torch.where(beyond, differs, 0.0).argmax())
-            raise off(space.layers[layer].block, int(head[worst]), float(differs[worst] / own_size), own.dtype)
+            raise off(space.layers[layer].block, int(head[worst]), float(differs[worst] / own_size), dtype)
         scores = AttendedScores(
             **parts,
             attention=pattern[prompt, head, query, key].float(),

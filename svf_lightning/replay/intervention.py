@@ -254,8 +254,9 @@ class PromptInterventions:
         for which, inputs in (("old", x), ("new", moved)):
             for side, at in positions.items():
                 vectors = inputs[side] @ space.weights(layer, head, side).T
-                if observed.rotation is not None:
-                    cos, sin = (part[layer, at] for part in observed.rotation)
+                angles = None if observed.rotation is None else observed.rotation[layer]
+                if angles is not None:
+                    cos, sin = (part[at] for part in angles)
                     vectors = rotate(vectors, cos, sin, layout=space.layers[layer].layout)
                 gain = space.gain(layer)
                 if gain is not None and side == "key":

@@ -385,6 +385,9 @@ class CheckpointReplay(pl.LightningModule):
             "prompt_template": (("prompt",), torch.tensor([prompt.template for prompt in prompts])),
             "token_span": (("prompt", "token", "end"), _spans(prompts)),
         }
+        blocks = [layer.block for layer in current.space.layers]
+        if blocks != list(range(len(current.space.bridge.blocks))):  # a hybrid: layers are those with attention
+            coords["block"] = (("layer",), torch.tensor(blocks))
         if isinstance(self.features_from, list):
             coords["feature_name"] = (("feature",), self.features_from)
         return Probe(

@@ -16,6 +16,8 @@ from svf_lightning.errors import CheckpointError, bad_value
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _ROUNDINGS = 8.0
 
+Rotation = list[tuple[Tensor, Tensor] | None]  # cos and sin [n, rotary] of each layer
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -30,7 +32,8 @@ class Observed:
             [layer, batch, n, key_head, H].
         scores: The model's own scores of the query, after a soft cap, before the softmax [layer, head, batch, n].
         pattern: The model's attention weights of the query [layer, head, batch, n].
-        rotation: cos and sin of the rotary embedding [layer, n, rotary], or None.
+        rotation: cos and sin of the rotary embedding of each layer [n, rotary], None for layers that do not rotate; or
+            None, if no layer does.
         is_key: Keys that the query sees [layer, batch, n].
         of_query: What the queries' tokens are multiplied with, by a norm of queries or by their position
             [layer, head, batch]; None where that is 1.
@@ -45,7 +48,7 @@ class Observed:
     keys: Float[Tensor, "layer batch n key_head H"]
     scores: Float[Tensor, "layer head batch n"]
     pattern: Float[Tensor, "layer head batch n"]
-    rotation: tuple[Tensor, Tensor] | None
+    rotation: Rotation | None
     is_key: Bool[Tensor, "layer batch n"]
     of_query: Float[Tensor, "layer head batch"] | None = None
     of_key: Float[Tensor, "layer batch n key_head"] | None = None
@@ -70,6 +73,11 @@ class Observed:
 def tolerance(dtype: torch.dtype) -> float:
     """How far rebuilt scores of this type may be off, relative to the largest."""
     return max(_TOLERANCE.get(dtype, 0.0), _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The one of these types that rounds most: some models compute scores of half-precision vectors in float32."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def off(layer: int, head: int, by: float, dtype: torch.dtype) -> CheckpointError:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from svf_lightning.bridged import AttentionLayer, model_name
 from svf_lightning.errors import InputError
+from svf_lightning.replay.plain import PlainAttention
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -44,7 +45,9 @@ class _Softmax(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _SOFTMAX or args[0].ndim not in (3, 4):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func not in _SOFTMAX or not args or args[0].ndim not in (3, 4):
             return func(*args, **kwargs)
         scores, *rest = args
         shape = scores.shape
@@ -54,6 +57,31 @@ class _Softmax(TorchFunctionMode):
         weights = func(self.attention.hook_attn_scores(as_heads), *rest, **kwargs)
         return self.attention.hook_pattern(weights).view(shape)
 
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """What the fused function computes, step by step."""
+        if enable_gqa:
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        if attn_mask is not None:
+            least = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~attn_mask, least) if attn_mask.dtype == torch.bool else scores + attn_mask
+        weights = self.attention.hook_attn_scores(scores).softmax(-1)
+        out: Tensor = self.attention.hook_pattern(weights) @ value
+        return out
+
 
 def open_softmax(bridge: TransformerBridge) -> None:
     """Let the hook points for scores and weights fire inside those attention modules that a bridge leaves closed."""
@@ -61,7 +89,9 @@ def open_softmax(bridge: TransformerBridge) -> None:
 
     for block in getattr(bridge, "blocks", ()):
         attention: Any = getattr(block, "attn", None)
-        if isinstance(attention, AttentionBridge) and type(attention).forward is AttentionBridge.forward:
+        if isinstance(attention, PlainAttention) or (
+            isinstance(attention, AttentionBridge) and type(attention).forward is AttentionBridge.forward
+        ):
             _open(attention)
 
 
@@ -106,7 +136,7 @@ class Taps:
         Args:
             tokens: Ids.
             take: Called with the number of a layer (among those with attention) and what it shows: ``x``, what its
-                heads read [batch, n, D]; ``keys`` as they were projected [batch, n, key_head, H]; ``scores`` before
+                heads read [batch, n, D]; ``keys`` as W_K and b_K make them [batch, n, key_head, H]; ``scores`` before
                 the softmax and ``pattern`` [batch, head, n, n]; where it rotates, ``cos`` and ``sin`` [n, rotary];
                 ``position``, a term that positions add to the scores [batch or 1, head, n or 1, n], if there is one.
                 They are gone when it returns.
@@ -164,7 +194,14 @@ class Taps:
                 if arguments.get(name) is not None:
                     kept[name] = arguments[name]
 
+        def keep_angles(module: Any, args: Any, out: Any) -> None:
+            kept["position_embeddings"] = out
+
         handles = [layer.attention.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
+        for layer in self.layers:
+            own = getattr(layer.attention.original_component, "rotary_emb", None)
+            if isinstance(layer.attention, PlainAttention) and isinstance(own, torch.nn.Module):
+                handles.append(own.register_forward_hook(keep_angles))
         try:
             yield
         finally:
@@ -175,6 +212,8 @@ class Taps:
         """Bring the angles and the position term into one form."""
         layer = self.layers[number]
         kept["x"] = layer.tokens(kept["x"])
+        if layer.key_factor != 1:
+            kept["keys"] = kept["keys"] * layer.key_factor
         angles: Any = kept.pop("position_embeddings", None)
         if layer.is_rotary and not self._has_angles[number]:
             cos_sin = self._angles(layer, angles, n)

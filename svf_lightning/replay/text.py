@@ -137,7 +137,7 @@ def hand_over_reads(
             read = layers[layer].tokens(x[seen])
             if not bool(torch.isfinite(read).all()):
                 raise CheckpointError(
-                    f"what the heads of layer {blocks[layer]} read overflows; try --model.dtype=float32"
+                    f"what the heads of layer {layers[layer].block} read overflows; try --model.dtype=float32"
                 )
             take(layer, read)
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from helpers.models import CONFIGS, bridge, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BloomConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from svf_lightning.errors import InputError
@@ -227,7 +227,7 @@ def test_offsets_share_a_decomposition_and_few_are_kept():
     space = HeadSpace(bridge("llama"))
     observed = space.observe(tokens(), QUERY)
     space.attended(observed, KEY)
-    assert sorted(space._bases) == [-4, -3, -1]  # the first two prompts have the same offset
+    assert sorted(space._bases) == [(0, -4), (0, -3), (0, -1)]  # the first two prompts have the same offset
     for key in range(11):
         space.svd(observed, 10, key)
     assert len(space._bases) == 8
@@ -235,16 +235,20 @@ def test_offsets_share_a_decomposition_and_few_are_kept():
 
 def test_models_whose_scores_are_no_bilinear_form_are_refused():
     sizes = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    normed = make_bridge(
+    model = make_bridge(
         AutoModelForCausalLM.from_config(
             Qwen3Config(**sizes, num_key_value_heads=2, intermediate_size=32, head_dim=6)
         ).eval()
     )
-    with pytest.raises(InputError, match="QK-norm"):
-        HeadSpace(normed)
-    alibi = make_bridge(AutoModelForCausalLM.from_config(BloomConfig(**sizes, n_layer=2, n_head=4)).eval())
+    space = HeadSpace(model)
+    with torch.no_grad():
+        model.blocks[1].attn.original_component.q_norm.weight[3] *= 2  # no longer what was read
     with pytest.raises(InputError, match=r"not the bilinear form.*Allowed"):
-        decompose_attention(alibi, tokens(), QUERY, KEY)
+        space.decompose(space.observe(tokens(), QUERY), KEY)
+    HeadSpace(model)
+    model.blocks[1].attn.original_component.q_norm = torch.nn.Tanh()
+    with pytest.raises(InputError, match="layer 1 normalizes in a way that is neither LayerNorm nor RMSNorm"):
+        HeadSpace(model)
 
 
 @pytest.mark.wrong_shapes

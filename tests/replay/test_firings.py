@@ -152,7 +152,7 @@ def test_the_prompts_own_query_alone_needs_its_position():
 def test_scores_that_are_not_the_models_own_are_refused():
     model = bridge("llama")
     space = HeadSpace(model)
-    space._A_q = space._A_q * 1.01
+    space.A_q = space.A_q * 1.01
     with pytest.raises(Exception, match=r"rebuilt scores of head . in layer 0 are off by"):
         found(space, RULES["a half"])
 

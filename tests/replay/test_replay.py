@@ -390,16 +390,14 @@ def test_options_that_cannot_be_used_say_why(suite, tmp_path, options, message):
 
 
 def test_a_model_that_cannot_be_decomposed_stops_the_run_with_a_reason(tmp_path, suite):
-    from transformers import Qwen3Config
+    from transformers import MambaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(suite / "step0")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=32, head_dim=6,
-    )  # fmt: skip
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, state_size=4)
     source = ModelCheckpoints({0: AutoModelForCausalLM.from_config(config)}, tokenizer)
-    with pytest.raises(InputError, match="QK-norm"):
-        replay(source, tmp_path)
+    with pytest.raises(InputError, match="no layer has attention"):
+        replay(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # it was found before anything was written
 
 
 def test_replay_data_is_needed_and_the_probe_needs_a_batch(tmp_path):
