@@ -6,6 +6,7 @@ from svf_lightning.replay.data import ReplayData
 from svf_lightning.replay.decompose import HeadSpace, decompose_attention
 from svf_lightning.replay.hub import HubCheckpoints
 from svf_lightning.replay.model import CheckpointReplay
+from svf_lightning.replay.nanogpt import NanoGPTCheckpoint
 from svf_lightning.replay.prompts import Prompt, ioi_prompts, read_prompts
 from svf_lightning.replay.source import CheckpointSource
 from svf_lightning.replay.tiny_suite import TinySuite
@@ -19,6 +20,7 @@ __all__ = [
     "HeadSpace",
     "HubCheckpoints",
     "ModelCheckpoints",
+    "NanoGPTCheckpoint",
     "Prompt",
     "ReplayData",
     "TinySuite",

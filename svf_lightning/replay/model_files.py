@@ -111,7 +111,7 @@ def load_folder(
     """
     missing = missing_files(folder)
     if missing:
-        raise CheckpointError(f"{where} is incomplete: it has no {missing}.")
+        raise CheckpointError(f"{where} is incomplete: it has no {missing}. {foreign_format(folder)}".rstrip())
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -225,6 +225,29 @@ def missing_files(folder: Path, *, weights: bool = True) -> str:
     if not files:
         return "weights (looked for model.safetensors, pytorch_model.bin, and an index of either)"
     return ", ".join(name for name in files if not (folder / name).is_file())
+
+
+def foreign_format(folder: Path) -> str:
+    """A sentence about weights in a format that has to be converted first, and the command for it; "" for none."""
+
+    def has(*globs: str) -> bool:
+        return any(next(folder.glob(pattern), None) is not None for pattern in globs)
+
+    if has("global_step*/*_model_states.pt", "zero_to_fp32.py", "*_model_states.pt"):
+        return (
+            "Its weights are DeepSpeed's, in parts: convert them with `python zero_to_fp32.py . . "
+            "--safe_serialization` in that folder. "
+        )
+    if has("pytorch_model_fsdp_*/.metadata", "*.distcp", "pytorch_model_fsdp_*/*.distcp"):
+        return "Its weights are FSDP's, in parts: convert them with `accelerate merge-weights pytorch_model_fsdp_0 .`. "
+    if has("lit_model.pth"):
+        return (
+            "It is a checkpoint of LitGPT: convert it with `litgpt convert_from_litgpt`, and save the weights and a "
+            f"{CONFIG} of the model beside each other. "
+        )
+    if has("*.pt"):
+        return "For nanoGPT's .pt files there is NanoGPTCheckpoints. "
+    return ""
 
 
 def check_causal_lm(config: Any, where: str) -> None:

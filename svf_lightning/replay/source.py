@@ -33,10 +33,12 @@ class CheckpointRef:
     Args:
         step: Training step, >= 0.
         name: How the source calls it: a hub revision ("step512"), a folder, a file.
+        tokens: Tokens seen in training, if its name says it.
     """
 
     step: int
     name: str
+    tokens: int | None = None
 
 
 @dataclass
