@@ -316,12 +316,13 @@ class AttentionSparsity(ProbeMetric):
             measured |= self._of_the_task(seen, rank, templates)
         if self._logit_differences:
             difference = torch.cat(self._logit_differences)
-            right = (difference > 0).to(difference.dtype)
-            measured["template/accuracy"] = means_of_templates(right, templates)
-            measured["sad/logit_difference"] = difference.mean()
-            measured["sad/accuracy"] = (difference > 0).to(difference.dtype).mean()
-            if self.keep_prompts:
-                measured["prompt/logit_difference"] = difference
+            right = (difference > 0).to(difference.dtype).masked_fill(difference.isnan(), torch.nan)
+            if not bool(difference.isnan().all()):  # prompts of which attention alone is measured have no answers
+                measured["template/accuracy"] = means_of_templates(right, templates)
+                measured["sad/logit_difference"] = difference.nanmean()
+                measured["sad/accuracy"] = right.nanmean()
+                if self.keep_prompts:
+                    measured["prompt/logit_difference"] = difference
         self._seen, self._errors, self._of_biases, self._of_positions = None, [], [], []
         self._logit_differences = []
         return {name: value[None] for name, value in measured.items()}

@@ -51,7 +51,7 @@ def name_by_what_is_measured(
     differs = _difference(config.data, of_name.data if of_name else None)
     if differs and "--experiment.name" not in options and "--experiment" not in options:
         model = _source(config.data.source).model_name() if differs == "another model" else experiment.name
-        experiment.name = _folder_name(model, config.data.prompts)
+        experiment.name = _folder_name(model, config.data.prompts, config.data.task)
         experiment.figures, experiment.shows, experiment.tags = "", "", ["replay", experiment.name]
         changes.append(f"the run is named {experiment.name}")
     if of_claims and experiment.claims == of_claims.experiment.claims and "--experiment.claims" not in options:
@@ -79,9 +79,11 @@ def _up_to_the_one_that_says(key: str, files: Sequence[str]) -> list[str]:
 
 
 def _difference(data: Namespace, other: Namespace | None, of: _Aspect = "identity") -> str:
-    """In what the measured differs: "another model", "other prompts", or an empty string."""
+    """In what the measured differs: "another model", "another task", "other prompts", or an empty string."""
     if other is None or not _is_same_source(data.source, other.source, of):
         return "another model"
+    if data.task != other.task:
+        return "another task"
     return "other prompts" if data.prompts != other.prompts else ""
 
 
@@ -117,8 +119,9 @@ def _source(settings: Namespace) -> Any:
     return parser.instantiate(Namespace(source=settings.clone())).source  # type: ignore[no-untyped-call]
 
 
-def _folder_name(model: str, prompts: str) -> str:
-    """A name that can be a folder's, of a model, and of prompts from a file."""
-    parts = [model, *([] if prompts == _IOI else [Path(prompts).stem])]
+def _folder_name(model: str, prompts: str, task: str | None) -> str:
+    """A name that can be a folder's, of a model, and of its task or of prompts from a file."""
+    of_task = [] if task in (None, _IOI) else [str(task).rsplit(".", 1)[-1]]
+    parts = [model, *of_task, *([] if prompts == _IOI else [Path(prompts).stem])]
     name = re.sub(r"[^\w.=+-]+", "_", "_".join(parts)).strip("._-")
     return name[:_LONGEST] or "replay"

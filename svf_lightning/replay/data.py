@@ -18,11 +18,12 @@ from svf_lightning.replay.prompts import (
     PromptBatch,
     batches,
     ioi_prompts,
-    leading_token,
     read_prompts,
 )
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource
+from svf_lightning.replay.tasks import find_task, task_prompts
 from svf_lightning.replay.text import Text, read_text
+from svf_lightning.replay.tokens import leading_token
 from svf_lightning.run.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class ReplayData(pl.LightningDataModule):
         text: Text whose tokens the covariance of what heads read is estimated from (Unwhitening), in windows of up to
             128 tokens: a file, or "pydoc", Python's own manual; null: the prompts' own tokens.
         text_tokens: Most tokens of the text.
+        task: Instead of IOI, a task whose prompts are made for the tokenizer at hand: "induction", "greater_than",
+            "gendered_pronouns", "docstring", "factual_recall", or the import path of a class of your own
+            (svf_lightning.replay.tasks).
 
     Raises:
         InputError: An option out of range.
@@ -83,8 +87,13 @@ class ReplayData(pl.LightningDataModule):
         strict: bool = False,
         text: str | None = None,
         text_tokens: int = 16384,
+        task: str | None = None,
     ) -> None:
         super().__init__()
+        self.task_from = task
+        self._task = None if task in (None, IOI) else find_task(str(task))
+        if self._task is not None and prompts != IOI:
+            raise bad_value("prompts", prompts, f"{IOI} (the default) beside a task", "set one of the two")
         for name, value in (("n_prompts", n_prompts), ("batch_size", batch_size), ("text_tokens", text_tokens)):
             if value < 1:
                 raise bad_value(name, value, "an integer >= 1", f"change --data.{name}")
@@ -115,6 +124,8 @@ class ReplayData(pl.LightningDataModule):
         return self._prompts
 
     def _read(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        if self._task is not None:
+            return task_prompts(self._task, tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
         if self.prompts_from == IOI:
             return ioi_prompts(tokenizer, self.n_prompts, seed=self.seed, prepend_bos=self.prepend_bos)
         if self.prompts_from == IOI_WANG:

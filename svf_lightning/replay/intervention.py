@@ -202,9 +202,8 @@ class PromptInterventions:
             return [*(more or []), *hooks]
 
         outcomes = []
-        at = torch.arange(len(prompts), device=prompts.query.device)
         for weights, logits in zip(attention, self._continuation.run(hooks_of, copies), strict=True):
-            difference = logits[at, prompts.correct] - logits[at, prompts.wrong]
+            difference = prompts.logit_difference(logits)
             after = logits.double().log_softmax(-1)
             divergence = (self._untouched.exp() * (self._untouched - after)).sum(-1)
             outcomes.append(Outcome(weights, difference.float(), divergence.float()))

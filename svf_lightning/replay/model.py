@@ -311,8 +311,7 @@ class CheckpointReplay(pl.LightningModule):
         """
         prompts = batch.prompts
         observed = current.space.observe(prompts.tokens, prompts.query)
-        at = torch.arange(len(prompts), device=prompts.query.device)
-        difference = observed.logits[at, prompts.correct] - observed.logits[at, prompts.wrong]
+        difference = prompts.logit_difference(observed.logits)
         scores = replace(current.space.attended(observed, prompts.key), logit_difference=difference.float())
         if scores.error is not None:
             current.score_error = max(current.score_error, float(scores.error.max()))

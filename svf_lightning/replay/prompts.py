@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import re
 import unicodedata
@@ -21,10 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from svf_lightning.errors import InputError, bad_value, closest, reason, shortened
+from svf_lightning.replay.tokens import (
+    Encoding,
+    answer_after_space,
+    answer_token,
+    encode,
+    spans_of,
+    token_at,
+    token_of,
+    tokens_at,
+)
 from svf_lightning.terminal import say
 
 if TYPE_CHECKING:
@@ -72,8 +81,9 @@ TEMPLATES = (
 )
 
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
-_FIELDS = ("text", "query", "key", "correct", "wrong")
-_OPTIONAL = ("query", "template", "counterfactual")
+_FIELDS = ("text", "tokens", "query", "key", "correct", "wrong", "template", "counterfactual")
+_NEEDED = ("key",)
+_NO_ANSWER = -1
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
 _THIRD_NAMES = 1  # key of their draws
 PROMPT_FILES = (".jsonl", ".csv")
@@ -89,8 +99,8 @@ class Prompt:
         tokens: Token ids, special tokens included.
         query: Position of the asking token, in 0..len(tokens) - 1.
         key: Position of the attended token, in 0..query.
-        correct: Id of the right next token.
-        wrong: Id of the wrong next token.
+        correct: Id of the right next token; -1 for none, as where attention alone is measured.
+        wrong: Id of the wrong next token; -1 for none.
         subjects: IOI only: positions of both mentions of S.
         spans: Characters [start, end) of the text that each token covers, without white space; (0, 0) for a token that
             the tokenizer adds. Empty if not known.
@@ -109,8 +119,8 @@ class Prompt:
     tokens: tuple[int, ...]
     query: int
     key: int
-    correct: int
-    wrong: int
+    correct: int = _NO_ANSWER
+    wrong: int = _NO_ANSWER
     subjects: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
     template: int = dataclasses.field(default=-1, compare=False)
@@ -138,8 +148,8 @@ class PromptBatch:
         tokens: Token ids; n is the length of the batch's longest prompt.
         query: Positions of the asking tokens.
         key: Positions of the attended tokens.
-        correct: Ids of the right next tokens.
-        wrong: Ids of the wrong next tokens.
+        correct: Ids of the right next tokens; -1 for none.
+        wrong: Ids of the wrong next tokens; -1 for none.
         length: Number of tokens of each prompt; what comes after them is padding.
         counterfactuals: Token ids of other prompts by name, if all of these have one of that name.
     """
@@ -166,6 +176,12 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def logit_difference(self, logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch"]:
+        """Next-token logit of the right answer minus that of the wrong one; NaN for prompts without answers."""
+        at = torch.arange(len(self), device=logits.device)
+        difference: Tensor = logits[at, self.correct] - logits[at, self.wrong]
+        return difference.masked_fill((self.correct < 0) | (self.wrong < 0), torch.nan)
 
 
 class IOISentence(NamedTuple):
@@ -321,7 +337,7 @@ def prompts_of(
         InputError: A name is more than one token somewhere, the tokenizer is not a fast one, or it has neither BOS nor
             EOS to prepend.
     """
-    encodings = _encode(tokenizer, [sentence.text for sentence in sentences], prepend_bos)
+    encodings = encode(tokenizer, [sentence.text for sentence in sentences], prepend_bos)
     rng = np.random.default_rng([seed, _THIRD_NAMES])
     prompts = []
     for sentence, encoding in zip(sentences, encodings, strict=True):
@@ -332,7 +348,7 @@ def prompts_of(
 
 
 def _ioi_prompt(
-    tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: _Encoding, third: str | None
+    tokenizer: PreTrainedTokenizerBase, sentence: IOISentence, encoding: Encoding, third: str | None
 ) -> Prompt:
     """The prompt of a sentence, with every position and answer checked in this very text.
 
@@ -346,16 +362,16 @@ def _ioi_prompt(
     positions_of: dict[str, list[int]] = {}
     answers: dict[str, int] = {}
     for name in (sentence.io, sentence.s):
-        spans = _spans(text, name)
-        positions = [at for at, _ in (_token_at(tokenizer, encoding, text, span) for span in spans) if at is not None]
-        answer, _ = _answer(tokenizer, text, name)
+        spans = spans_of(text, name)
+        positions = [at for at, _ in (token_at(tokenizer, encoding, text, span) for span in spans) if at is not None]
+        answer, _ = answer_after_space(tokenizer, text, name)
         if answer is None or len(positions) < len(spans):  # the tokenizer merges a name with the words around it
             raise bad_value("prompt", text, f"{name!r} is one token wherever it occurs", _OWN_PROMPTS)
         positions_of[name], answers[name] = positions, answer
     (key,), subjects = positions_of[sentence.io], tuple(positions_of[sentence.s])
     correct, wrong = answers[sentence.io], answers[sentence.s]
     swapped = _replaced(encoding.ids, {key: (correct, wrong), **dict.fromkeys(subjects, (wrong, correct))})
-    other = None if third is None else _answer(tokenizer, text, third)[0]
+    other = None if third is None else answer_after_space(tokenizer, text, third)[0]
     abc = None if other is None else _replaced(encoding.ids, {subjects[-1]: (wrong, other)})
     counterfactuals = tuple((name, ids) for name, ids in (("swapped", swapped), ("abc", abc)) if ids is not None)
     return Prompt(
@@ -388,10 +404,10 @@ def single_tokens(
     for label, words in candidates.items():
         texts = [f"Then the {word} and" for word in words]
         kept[label] = []
-        for word, text, encoding in zip(words, texts, _encode(tokenizer, texts, False), strict=True):
-            at, pieces = _token_at(tokenizer, encoding, text, (9, 9 + len(word)))
+        for word, text, encoding in zip(words, texts, encode(tokenizer, texts, False), strict=True):
+            at, pieces = token_at(tokenizer, encoding, text, (9, 9 + len(word)))
             if at is not None and label == "names":  # a name is an answer as well
-                at, pieces = _answer(tokenizer, "Then the drink went to", word)
+                at, pieces = answer_after_space(tokenizer, "Then the drink went to", word)
             if at is not None:
                 kept[label].append(word)
             else:
@@ -410,11 +426,12 @@ def read_prompts(
 
     Fields of a prompt:
 
-    - ``text``: what the model reads, without the answer and without a space at the end.
+    - ``text``: what the model reads, without the answer and without a space at the end; or ``tokens``, its token ids.
     - ``query``: the asking token; empty or left out for the last token of the text.
-    - ``key``: the attended token, not after the query.
-    - ``correct``, ``wrong``: the two next words, each a single token after the text and a space; the space may be
-      written or not.
+    - ``key``: the attended token, not after the query; or a list of several, each of which counts as a prompt.
+    - ``correct``, ``wrong``: the two next words, or token ids; both may be left out, and attention alone is measured. A
+      word follows a space, if it is one token then; else it follows the text as it is. One that is written with its
+      space follows a space. Of an answer of several tokens the first one counts.
     - ``template``: which prompts are variations of one sentence: the same name (or whole number) for all of them. May
       be left out; a prompt where it is empty is a sentence of its own. Intervals are over templates, as prompts of one
       template are no independent sample.
@@ -425,7 +442,10 @@ def read_prompts(
     reads the text as the file has it.
 
     ``query`` and ``key`` are positions, counted from 0 with special tokens included, negative ones from the end; or the
-    word meant, if it occurs once in the text, as one token. In a .csv file, whole numbers are positions.
+    word meant, if it occurs once in the text, as one token. In a .jsonl file they may also be ``{"word": "Mary",
+    "occurrence": 2}`` (from 1, or -1 for the last), with ``"part": "first"`` or ``"last"`` for a word of several
+    tokens; ``{"span": [5, 9]}``, characters of the text, with a part as well; or ``{"token": 4}``. In a .csv file,
+    whole numbers are positions.
 
     Args:
         path: The file, UTF-8, of at most 16 MiB.
@@ -445,13 +465,15 @@ def read_prompts(
     repeated: list[tuple[int, int]] = []
     for line, row in _rows(path):
         where = f"{path}, line {line}"
-        prompt = _read_prompt(where, row, tokenizer, prepend_bos)
+        found = _read_prompt(where, row, tokenizer, prepend_bos)
         name = _template_name(f"{where}: template", row.get("template"))
+        if not name and len(found) > 1:
+            name = f"{where}"  # several keys of one text are no independent sample
         if name:
-            prompt = dataclasses.replace(prompt, template=templates.setdefault(name, len(templates)))
-        prompts.append(prompt)
-        if first_line.setdefault(prompt, line) != line:
-            repeated.append((line, first_line[prompt]))
+            number = templates.setdefault(name, len(templates))
+            found = [dataclasses.replace(prompt, template=number) for prompt in found]
+        prompts += found
+        repeated += [(line, first_line[prompt]) for prompt in found if first_line.setdefault(prompt, line) != line]
     if not prompts:
         raise bad_value(str(path), "no prompt", "at least one", "write one prompt a line")
     if repeated:
@@ -533,13 +555,14 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _check_fields(where: str, fields: Iterable[str]) -> None:
     fields = list(fields)
-    known = dict.fromkeys((*_FIELDS, *_OPTIONAL))
-    allowed = ", ".join(known) + f" ({', '.join(_OPTIONAL)} may be left out)"
+    allowed = f"{', '.join(_FIELDS)} (key, and one of text and tokens, are needed)"
     for field in fields:
-        if field not in known or fields.count(field) > 1:
-            fix = closest(field, set(known) - set(fields)) or "delete it"
+        if field not in _FIELDS or fields.count(field) > 1:
+            fix = closest(field, set(_FIELDS) - set(fields)) or "delete it"
             raise bad_value(f"{where}: field", field, f"{allowed}, each once", fix)
-    missing = [field for field in _FIELDS if field not in fields and field not in _OPTIONAL]
+    missing = [field for field in _NEEDED if field not in fields]
+    if "text" not in fields and "tokens" not in fields:
+        missing.insert(0, "text")
     if missing:
         raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
 
@@ -556,49 +579,94 @@ def _template_name(where: str, given: Any) -> str:
 
 def _read_prompt(
     where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None
-) -> Prompt:
-    for field in (*_FIELDS, "counterfactual"):
+) -> list[Prompt]:
+    """The prompts of one line: one for each key."""
+    for field in _FIELDS:
         _check_characters(f"{where}: {field}", row.get(field))
-    text = row["text"]
-    if not isinstance(text, str) or not text.strip() or text != text.rstrip():
-        fix = "write the text up to the word before the answer"
-        raise bad_value(f"{where}: text", text, "words, without a space at the end", fix)
-    (encoding,) = _encode(tokenizer, [text], prepend_bos)
+    text, encoding = _text_of(where, row, tokenizer, prepend_bos)
     given = row.get("query")
     query = encoding.query if given in (None, "") else _position(f"{where}: query", given, tokenizer, encoding, text)
-    key = _position(f"{where}: key", row["key"], tokenizer, encoding, text)
-    if key > query:
-        fix = "choose an earlier key or a later query; a causal model sees no later token"
-        raise bad_value(f"{where}: key", row["key"], f"a token up to the query, at {query} (the key is at {key})", fix)
-    answers = []
-    for field in ("correct", "wrong"):
-        word = row[field]
-        if not isinstance(word, str) or not word.strip():
-            raise bad_value(f"{where}: {field}", word, "a word that may follow the text", "write the word")
-        answer, pieces = _answer(tokenizer, text, word.strip())
-        if answer is None:  # as one character and as a letter and a mark, an accent has tokens of its own
-            for form in ("NFC", "NFD"):
-                answer = answer or _answer(tokenizer, text, unicodedata.normalize(form, word.strip()))[0]
-        if answer is None:
-            allowed = f"a word that is one token after the text and a space (this one becomes {pieces})"
-            raise bad_value(f"{where}: {field}", word, allowed, "choose another word")
-        answers.append(answer)
+    keys = row["key"] if isinstance(row["key"], list) and row["key"] else [row["key"]]
+    positions = [_position(f"{where}: key", one, tokenizer, encoding, text) for one in keys]
+    for one, key in zip(keys, positions, strict=True):
+        if key > query:
+            fix = "choose an earlier key or a later query; a causal model sees no later token"
+            raise bad_value(f"{where}: key", one, f"a token up to the query, at {query} (the key is at {key})", fix)
+    correct, wrong = _answers(where, row, tokenizer, text)
+    counterfactuals = _counterfactual(where, row.get("counterfactual"), tokenizer, encoding, prepend_bos)
+    spans = tuple(encoding.spans)
+    return [
+        Prompt(text, encoding.ids, query, key, correct, wrong, spans=spans, counterfactuals=counterfactuals)
+        for key in positions
+    ]
+
+
+def _text_of(
+    where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None
+) -> tuple[str, Encoding]:
+    """The text of a line and its tokens, whichever of the two it gives."""
+    text, ids = row.get("text"), row.get("tokens")
+    if ids in (None, ""):
+        if not isinstance(text, str) or not text.strip() or text != text.rstrip():
+            fix = "write the text up to the word before the answer"
+            raise bad_value(f"{where}: text", text, "words, without a space at the end", fix)
+        return text, encode(tokenizer, [text], prepend_bos)[0]
+    if text not in (None, ""):
+        raise bad_value(f"{where}: tokens", ids, "tokens without a text, or a text without tokens", "leave one out")
+    if not isinstance(ids, list) or not ids or not all(_is_token(one, tokenizer) for one in ids):
+        allowed = f"a list of token ids, 0..{len(tokenizer) - 1}"
+        raise bad_value(f"{where}: tokens", ids, allowed, "give the ids of this tokenizer, special tokens included")
+    return str(tokenizer.decode(ids)), Encoding(tuple(ids), [(0, 0)] * len(ids), len(ids) - 1)
+
+
+def _is_token(value: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(tokenizer)
+
+
+def _answers(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int]:
+    """Ids of the right and the wrong next token; -1 for none."""
+    given = [row.get(field) for field in ("correct", "wrong")]
+    if all(one in (None, "") for one in given):
+        return _NO_ANSWER, _NO_ANSWER
+    answers: list[int] = []
+    for field, answer in zip(("correct", "wrong"), given, strict=True):
+        if _is_token(answer, tokenizer):
+            answers.append(int(answer))  # type: ignore[arg-type]
+            continue
+        if not isinstance(answer, str) or not answer.strip():
+            allowed = "a word that may follow the text, or a token id; or neither correct nor wrong"
+            raise bad_value(f"{where}: {field}", answer, allowed, "write the word")
+        answers.append(_answer(tokenizer, text, answer))
     if answers[0] == answers[1]:
-        raise bad_value(f"{where}: wrong", row["wrong"], "another token than correct", "choose another word")
-    return Prompt(
-        text, encoding.ids, query, key, answers[0], answers[1], spans=tuple(encoding.spans),
-        counterfactuals=_counterfactual(where, row.get("counterfactual"), tokenizer, encoding, prepend_bos),
-    )  # fmt: skip
+        allowed = "an answer whose first token is another one than that of correct"
+        raise bad_value(f"{where}: wrong", row["wrong"], allowed, "choose another word")
+    return answers[0], answers[1]
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> int:
+    """The token by which a word continues a text: the one that it is, or the first of several."""
+    spaced = [f" {word.strip()}"] if word != word.lstrip() else [f" {word.strip()}", word.strip()]
+    for written in spaced:  # as one character and as a letter and a mark, an accent has tokens of its own
+        for form in (written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))):
+            token = answer_token(tokenizer, text, form)
+            if token is not None:
+                return token
+    before, after = encode(tokenizer, [text, text + spaced[0]], False)
+    n = len(before.ids)
+    ids = after.ids if after.ids[:n] == before.ids and len(after.ids) > n else (-1,) * n + encode(
+        tokenizer, [spaced[0]], False
+    )[0].ids  # fmt: skip
+    return ids[n]
 
 
 def _counterfactual(
-    where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, prepend_bos: bool | None
+    where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, prepend_bos: bool | None
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """The other text that a file gives for a prompt, if it gives one."""
     if given in (None, ""):
         return ()
     n = len(encoding.ids)
-    ids = _encode(tokenizer, [given], prepend_bos)[0].ids if isinstance(given, str) else ()
+    ids = encode(tokenizer, [given], prepend_bos)[0].ids if isinstance(given, str) else ()
     if len(ids) != n:
         allowed = f"a text of {n} tokens, as the prompt" + (f" (it has {len(ids)})" if ids else "")
         raise bad_value(f"{where}: counterfactual", given, allowed, "change words, not their number, or leave it out")
@@ -615,9 +683,24 @@ def _check_characters(where: str, value: object) -> None:
             raise bad_value(where, value, allowed, "write the character itself, or both halves of it") from error
 
 
-def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str) -> int:
-    """The position that a file gives as a number or as a word."""
+def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str) -> int:
+    """The position that a file gives as a number, as a word, or as an object."""
     n = len(encoding.ids)
+    part = "only"
+    which: Any = None
+    if isinstance(given, dict):
+        kinds = [kind for kind in ("word", "span", "token") if kind in given]
+        part, which = given.get("part", "only"), given.get("occurrence")
+        if len(kinds) != 1 or set(given) - {*kinds, "part", "occurrence"} or part not in ("only", "first", "last"):
+            allowed = (
+                '{"word": ..., "occurrence": ..., "part": "first" or "last"}, {"span": [start, end]}, {"token": ...}'
+            )
+            raise bad_value(where, given, allowed, "write one of these")
+        if kinds == ["span"]:
+            return _in_span(where, given["span"], part, tokenizer, encoding, text)
+        given = given[kinds[0]]
+        if kinds == ["token"] and (isinstance(given, bool) or not isinstance(given, int)):
+            raise bad_value(where, given, "the position of a token", "give a whole number")
     if isinstance(given, int) and not isinstance(given, bool):
         position = given + n if given < 0 else given
         if not 0 <= position <= encoding.query:  # a token that the tokenizer puts after the text is no part of it
@@ -626,15 +709,45 @@ def _position(where: str, given: Any, tokenizer: PreTrainedTokenizerBase, encodi
         return position
     if not isinstance(given, str) or not given.strip():
         raise bad_value(where, given, "the position of a token, or a word of the text", "give one of them")
-    spans = _spans(text, given.strip())
-    if len(spans) != 1:
-        allowed = f"a word that occurs once in {shortened(repr(text))} (this one occurs {len(spans)} times)"
-        raise bad_value(where, given, allowed, "give the position of the token" if spans else "correct the word")
-    token, pieces = _token_at(tokenizer, encoding, text, spans[0])
+    found = spans_of(text, given.strip())
+    if which is not None:
+        if isinstance(which, bool) or not isinstance(which, int) or not 1 <= abs(which) <= len(found):
+            allowed = f"1..{len(found)}, or -1 for the last; the word occurs {len(found)} times"
+            raise bad_value(f"{where}: occurrence", which, allowed, "correct the number")
+        found = [found[which - 1 if which > 0 else which]]
+    if len(found) != 1:
+        allowed = f"a word that occurs once in {shortened(repr(text))} (this one occurs {len(found)} times)"
+        say_which = 'give the position of the token, or say which one: {"word": ..., "occurrence": 1}'
+        raise bad_value(where, given, allowed, say_which if found else "correct the word")
+    if part != "only":
+        return _in_span(where, list(found[0]), part, tokenizer, encoding, text)
+    token, pieces = token_at(tokenizer, encoding, text, found[0])
     if token is None:
         allowed = f"a word that is one token (this one is in {pieces})"
-        raise bad_value(where, given, allowed, "give the position of one of the tokens, or choose another word")
+        fix = 'give the position of one of the tokens, or say which: {"word": ..., "part": "last"}'
+        raise bad_value(where, given, allowed, fix)
     return token
+
+
+def _in_span(
+    where: str, span: Any, part: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str
+) -> int:
+    """The token that covers characters, or the first or the last one of several."""
+    if (
+        not isinstance(span, list | tuple)
+        or len(span) != 2
+        or not all(isinstance(at, int) and not isinstance(at, bool) for at in span)
+        or not 0 <= span[0] < span[1] <= len(text)
+    ):
+        allowed = f"two numbers, 0 <= start < end <= {len(text)}, the characters of the text"
+        raise bad_value(f"{where}: span", span, allowed, "count characters from 0; the end is not included")
+    positions = tokens_at(encoding, (span[0], span[1]))
+    position = token_of(positions, part)
+    if position is None:
+        pieces = [str(tokenizer.decode([encoding.ids[i]])) for i in positions]
+        allowed = f"characters of one token (these are in {pieces})" if pieces else "characters that a token covers"
+        raise bad_value(f"{where}: span", span, allowed, 'add "part": "first" or "last", or change the span')
+    return position
 
 
 def context_window(config: PretrainedConfig) -> int | None:
@@ -711,112 +824,3 @@ def _batch(prompts: Sequence[Prompt], pad: int) -> PromptBatch:
         length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
         counterfactuals={name: padded(other[name] for other in others) for name in names},
     )
-
-
-# --- tokens and the characters they cover
-
-
-class _Encoding(NamedTuple):
-    """Token ids; the characters [start, end) of each without white space, (0, 0) for added ones; the text's last."""
-
-    ids: tuple[int, ...]
-    spans: list[tuple[int, int]]
-    query: int
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], prepend_bos: bool | None) -> list[_Encoding]:
-    if not getattr(tokenizer, "is_fast", False):
-        fix = "load the tokenizer with transformers.AutoTokenizer"
-        allowed = "a fast tokenizer, which can tell the characters of each token"
-        raise bad_value("tokenizer", type(tokenizer).__name__, allowed, fix)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if prepend_bos and bos is None:
-        allowed = "None or False, for a tokenizer that has neither a BOS nor an EOS token"
-        raise bad_value("prepend_bos", prepend_bos, allowed, "leave prepend_bos out, or set tokenizer.bos_token")
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=prepend_bos is not False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    encodings = []
-    for text, ids, offsets, added in zip(
-        texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
-    ):
-        spans = [_trim(text, *offset) for offset in offsets]
-        query = max((i for i, add in enumerate(added) if not add), default=-1)
-        if prepend_bos and ids[:1] != [bos]:
-            ids, spans, query = [bos, *ids], [(0, 0), *spans], query + 1
-        encodings.append(_Encoding(tuple(ids), spans, query))
-    return encodings
-
-
-def leading_token(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> int | None:
-    """The special token that every prompt begins with; None if there is none.
-
-    Raises:
-        InputError: As for `ioi_prompts`.
-    """
-    (encoding,) = _encode(tokenizer, ["a"], prepend_bos)
-    return encoding.ids[0] if encoding.spans[0] == (0, 0) else None
-
-
-def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without white space at either side; some tokenizers count the space before a word, some do not."""
-    piece = text[start:end]
-    start += len(piece) - len(piece.lstrip())
-    return start, start + len(piece.strip())
-
-
-def _spans(text: str, word: str) -> list[tuple[int, int]]:
-    """Where a word occurs in a text, however accents are written; inside other words only if nowhere by itself."""
-    composed, starts = _composed(text)
-    word = unicodedata.normalize("NFC", word)
-    left, right = (r"(?<!\w)" if re.match(r"\w", word) else ""), (r"(?!\w)" if re.search(r"\w\Z", word) else "")
-    for pattern in (left + re.escape(word) + right, re.escape(word)):
-        if spans := [match.span() for match in re.finditer(pattern, composed)]:
-            return [(starts[start], starts[end]) for start, end in spans]
-    return []
-
-
-def _composed(text: str) -> tuple[str, list[int]]:
-    """A text with accents as one character each, and where each of its characters begins in the original."""
-    if unicodedata.is_normalized("NFC", text):
-        return text, list(range(len(text) + 1))
-    begins = [i for i, letter in enumerate(text) if i == 0 or not _joins_the_one_before(letter)]
-    pieces = [text[start:end] for start, end in itertools.pairwise([*begins, len(text)])]
-    forms = [unicodedata.normalize("NFC", piece) for piece in pieces]
-    starts = [start for start, form in zip(begins, forms, strict=True) for _ in form]
-    return "".join(forms), [*starts, len(text)]
-
-
-def _joins_the_one_before(letter: str) -> bool:
-    """True for accents and the like, and for the later parts of a Korean syllable."""
-    return unicodedata.combining(letter) != 0 or "\u1160" <= letter <= "\u11ff"
-
-
-def _token_at(
-    tokenizer: PreTrainedTokenizerBase, encoding: _Encoding, text: str, span: tuple[int, int]
-) -> tuple[int | None, list[str]]:
-    """The position of the one token that is these characters, if there is one; and the tokens that they are in.
-
-    A token that decodes to something else, as an unknown one, does not count. Upper and lower case do not matter: some
-    tokenizers know one case only.
-    """
-    start, end = span
-    touched = [i for i, (first, after) in enumerate(encoding.spans) if first < end and start < after]
-    pieces = [str(tokenizer.decode([encoding.ids[i]])) for i in touched]
-    same = [_plain(piece) for piece in pieces] == [_plain(text[start:end])]
-    return (touched[0] if same else None), pieces
-
-
-def _plain(piece: str) -> str:
-    return unicodedata.normalize("NFC", piece.strip().casefold())
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> tuple[int | None, list[str]]:
-    """The id of the one token by which a word after a space continues a text, if it is one; and the word's tokens."""
-    continued = f"{text} {word}"
-    before, after = _encode(tokenizer, [text, continued], False)
-    at, pieces = _token_at(tokenizer, after, continued, (len(text) + 1, len(continued)))
-    return (after.ids[-1] if at is not None and after.ids[:-1] == before.ids else None), pieces

@@ -18,7 +18,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +45,7 @@ EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
 N_POSITIONS = 128  # longest input, in tokens; the sentences have at most 31
 
 # numbers of the streams of draws, part of the key of each
-_INITIAL, _SENTENCES, _BEGINNINGS = 0, 1, 2
+_INITIAL, _SENTENCES, _BEGINNINGS, _SEQUENCES = 0, 1, 2, 3
 _ROTARY = 0.25  # share of a head's dimensions that rotate, as in Pythia
 _HELD_OUT = 8  # one pair of names in this many is held out of training
 
@@ -62,6 +62,8 @@ class SuiteSettings:
         batch_size: Sentences per step, >= 1.
         learning_rate: Of AdamW, > 0; the same at all steps, so that a shorter suite is the beginning of a longer one.
         seed: Seed of the initial weights and of the text, >= 0; it also decides how heads attend (see `SuiteModel`).
+        induction: Share of the training texts that are words at random and then the same words again, in [0, 1), so
+            that the model learns a second task (svf_lightning.replay.tasks.Induction).
 
     Raises:
         InputError: A value is out of range.
@@ -74,6 +76,11 @@ class SuiteSettings:
     batch_size: int = 32
     learning_rate: float = 1e-3
     seed: int = 0
+    induction: float = field(default=0.0, repr=False)  # earlier versions had none
+
+    def as_json(self) -> dict[str, int | float]:
+        """What is kept of it, as earlier versions did."""
+        return {name: value for name, value in asdict(self).items() if name != "induction" or value}
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "n_layers", "d_model", "n_heads", "batch_size", "seed"):
@@ -87,6 +94,9 @@ class SuiteSettings:
         rate = self.learning_rate
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise bad_value("learning_rate", rate, "a finite number > 0", "change learning_rate")
+        share = self.induction
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise bad_value("induction", share, "a share in [0, 1)", "change induction")
 
 
 def suite_steps(max_steps: int) -> list[int]:
@@ -152,11 +162,12 @@ class SuiteText(pl.LightningDataModule):
     Args:
         batch_size: b, sentences per step.
         seed: Seed of the draws.
+        induction: Share of the texts that are no sentences, but words at random and then the same words again.
     """
 
-    def __init__(self, batch_size: int = 32, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 32, seed: int = 0, induction: float = 0.0) -> None:
         super().__init__()
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.induction = batch_size, seed, induction
         self._tokenizer = suite_tokenizer().backend_tokenizer
 
     def sentences(self, step: int) -> list[str]:
@@ -169,7 +180,14 @@ class SuiteText(pl.LightningDataModule):
             )
             sentences += [f"{text} {io}." for text, io, s, *_ in drawn if not held_out(io, s)]
             attempt += 1
-        return sentences[: self.batch_size]
+        sentences = sentences[: self.batch_size]
+        if self.induction:
+            rng = np.random.default_rng(keyed_seed(self.seed, _SEQUENCES, step))
+            repeats = rng.random(self.batch_size) < self.induction
+            sentences = [
+                _repeated_words(rng) if again else text for again, text in zip(repeats, sentences, strict=True)
+            ]
+        return sentences
 
     def draw(self, step: int) -> Int[Tensor, "b n"]:
         """The token ids of one step."""
@@ -185,6 +203,13 @@ class SuiteText(pl.LightningDataModule):
     def train_dataloader(self) -> _Draws:
         """Draws from the current step on, without end."""
         return _Draws(self)
+
+
+def _repeated_words(rng: np.random.Generator) -> str:
+    """Eight to sixteen distinct words, twice, as the task has them."""
+    words = [*NAMES, *PLACES, *OBJECTS]
+    chosen = [words[i] for i in rng.choice(len(words), int(rng.integers(8, 17)), replace=False)]
+    return " ".join(["The", *chosen, *chosen, "."])
 
 
 class _Draws:
@@ -332,7 +357,7 @@ def train_suite(
         write_json(
             draft / SUITE,
             {
-                "settings": asdict(settings),
+                "settings": settings.as_json(),
                 "text": _text_id(),
                 "steps": suite_steps(settings.max_steps),
                 "final_loss": final_loss,
@@ -353,7 +378,7 @@ def train_suite(
 def _train(folder: Path, settings: SuiteSettings, progress: bool) -> float:
     """Train and save into an empty folder. Returns the final loss."""
     model = SuiteModel(settings)
-    data = SuiteText(settings.batch_size, settings.seed)
+    data = SuiteText(settings.batch_size, settings.seed, settings.induction)
     with _quiet(), torch.random.fork_rng(devices=[]):
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -428,9 +453,12 @@ def _is_there(folder: Path, settings: SuiteSettings) -> bool:
         raise bad_value(
             "folder", str(folder), f"a suite's folder ({SUITE} cannot be read: {error!r})", f"delete it, or {fix}"
         ) from error
-    asked = asdict(settings)
-    different = [f"{name}={there.get(name)!r} there, {asked[name]!r} asked for" for name in asked]
-    different = [line for line, name in zip(different, asked, strict=True) if there.get(name) != asked[name]]
+    asked = settings.as_json()
+    different = [
+        f"{name}={there.get(name)!r} there, {asked.get(name)!r} asked for"
+        for name in {**asked, **there}
+        if there.get(name) != asked.get(name)
+    ]
     if text != _text_id():
         different.append("trained on other sentences, by another version of this program")
     if different:

@@ -40,11 +40,12 @@ class TinySuite(CheckpointSource):
 
     def identity(self) -> dict[str, str]:
         """Its settings, which decide its weights."""
-        return {"kind": "tiny_suite", "settings": repr(self.settings)}
+        induction = {"induction": str(self.settings.induction)} if self.settings.induction else {}
+        return {"kind": "tiny_suite", "settings": repr(self.settings), **induction}
 
     def subject(self) -> dict[str, str]:
         """Its settings without the seed."""
-        return {"kind": "tiny_suite", "settings": repr(replace(self.settings, seed=0))}
+        return self.identity() | {"settings": repr(replace(self.settings, seed=0))}
 
     def model_name(self) -> str:
         """The suite's name, with those settings that are not the default ones."""
