@@ -81,7 +81,7 @@ TEMPLATES = (
 )
 
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
-_FIELDS = ("text", "tokens", "query", "key", "correct", "wrong", "template", "counterfactual")
+_FIELDS = ("text", "query", "key", "correct", "wrong", "template", "counterfactual", "tokens")
 _NEEDED = ("key",)
 _NO_ANSWER = -1
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
@@ -555,7 +555,10 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _check_fields(where: str, fields: Iterable[str]) -> None:
     fields = list(fields)
-    allowed = f"{', '.join(_FIELDS)} (key, and one of text and tokens, are needed)"
+    allowed = (
+        f"{', '.join(_FIELDS)} (query, template, counterfactual may be left out; so may correct and wrong, both of them; "
+        "tokens stand in place of text)"
+    )
     for field in fields:
         if field not in _FIELDS or fields.count(field) > 1:
             fix = closest(field, set(_FIELDS) - set(fields)) or "delete it"
@@ -563,6 +566,11 @@ def _check_fields(where: str, fields: Iterable[str]) -> None:
     missing = [field for field in _NEEDED if field not in fields]
     if "text" not in fields and "tokens" not in fields:
         missing.insert(0, "text")
+    missing += [
+        field
+        for field, other in (("correct", "wrong"), ("wrong", "correct"))
+        if field not in fields and other in fields
+    ]
     if missing:
         raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
 
@@ -636,27 +644,33 @@ def _answers(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         if not isinstance(answer, str) or not answer.strip():
             allowed = "a word that may follow the text, or a token id; or neither correct nor wrong"
             raise bad_value(f"{where}: {field}", answer, allowed, "write the word")
-        answers.append(_answer(tokenizer, text, answer))
+        answers.append(_answer(f"{where}: {field}", tokenizer, text, answer))
     if answers[0] == answers[1]:
-        allowed = "an answer whose first token is another one than that of correct"
+        allowed = "another token than correct (of an answer of several tokens, the first counts)"
         raise bad_value(f"{where}: wrong", row["wrong"], allowed, "choose another word")
     return answers[0], answers[1]
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> int:
+def _answer(where: str, tokenizer: PreTrainedTokenizerBase, text: str, word: str) -> int:
     """The token by which a word continues a text: the one that it is, or the first of several."""
-    spaced = [f" {word.strip()}"] if word != word.lstrip() else [f" {word.strip()}", word.strip()]
-    for written in spaced:  # as one character and as a letter and a mark, an accent has tokens of its own
-        for form in (written, *(unicodedata.normalize(form, written) for form in ("NFC", "NFD"))):
+    plain = word.strip()
+    written = [f" {plain}"] if word != word.lstrip() else [f" {plain}", plain]
+    for one in written:  # as one character and as a letter and a mark, an accent has tokens of its own
+        for form in (one, *(unicodedata.normalize(form, one) for form in ("NFC", "NFD"))):
             token = answer_token(tokenizer, text, form)
             if token is not None:
                 return token
-    before, after = encode(tokenizer, [text, text + spaced[0]], False)
-    n = len(before.ids)
-    ids = after.ids if after.ids[:n] == before.ids and len(after.ids) > n else (-1,) * n + encode(
-        tokenizer, [spaced[0]], False
-    )[0].ids  # fmt: skip
-    return ids[n]
+    pieces: list[str] = []
+    for one in written:
+        before, after = encode(tokenizer, [text, text + one], False)
+        n = len(before.ids)
+        following = after.ids[n:] if after.ids[:n] == before.ids else encode(tokenizer, [one], False)[0].ids
+        pieces = pieces or [str(tokenizer.decode([token])) for token in following]
+        first = str(tokenizer.decode(following[:1])).strip()
+        if first and plain.casefold().startswith(first.casefold()):
+            return following[0]
+    allowed = f"a word that is one token after the text and a space (this one becomes {pieces})"
+    raise bad_value(where, word, allowed, "choose another word")
 
 
 def _counterfactual(
