@@ -134,7 +134,7 @@ def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
     floors = [
         [
             *("errors", "terminal", "arguments", "draws", "files", "matrix_files", "sentences", "stop"),
-            *("rotary", "heads", "metrics", "theory"),
+            *("rotary", "bridged", "heads", "metrics", "theory"),
         ],
         ["quantities", "probe"],
         ["trajectory", "rows", "zarr_backend", "zarr_files"],

@@ -556,7 +556,7 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _check_fields(where: str, fields: Iterable[str]) -> None:
     fields = list(fields)
     allowed = (
-        f"{', '.join(_FIELDS)} (query, template, counterfactual may be left out; so may correct and wrong, both of them; "
+        f"{', '.join(_FIELDS)} (query, template, counterfactual may be left out; so may correct and wrong, both; "
         "tokens stand in place of text)"
     )
     for field in fields:
@@ -566,11 +566,8 @@ def _check_fields(where: str, fields: Iterable[str]) -> None:
     missing = [field for field in _NEEDED if field not in fields]
     if "text" not in fields and "tokens" not in fields:
         missing.insert(0, "text")
-    missing += [
-        field
-        for field, other in (("correct", "wrong"), ("wrong", "correct"))
-        if field not in fields and other in fields
-    ]
+    answers = {"correct", "wrong"} & set(fields)
+    missing += sorted({"correct", "wrong"} - answers) if len(answers) == 1 else []
     if missing:
         raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
 
@@ -666,7 +663,7 @@ def _answer(where: str, tokenizer: PreTrainedTokenizerBase, text: str, word: str
         n = len(before.ids)
         following = after.ids[n:] if after.ids[:n] == before.ids else encode(tokenizer, [one], False)[0].ids
         pieces = pieces or [str(tokenizer.decode([token])) for token in following]
-        first = str(tokenizer.decode(following[:1])).strip()
+        first = str(tokenizer.decode(list(following[:1]))).strip()
         if first and plain.casefold().startswith(first.casefold()):
             return following[0]
     allowed = f"a word that is one token after the text and a space (this one becomes {pieces})"

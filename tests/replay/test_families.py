@@ -36,8 +36,15 @@ Q, K, BATCH = torch.tensor(QUERY), torch.tensor(KEY), torch.arange(3)
 LENGTH = Q + 1
 
 
-@pytest.mark.parametrize("processing", ["raw", "folded"])
-@pytest.mark.parametrize("name", NAMED)
+# each family in one of the two modes; in both with -m slow
+MODES = [
+    pytest.param(name, mode, marks=[] if (i + j) % 2 == 0 else [pytest.mark.slow])
+    for i, name in enumerate(NAMED)
+    for j, mode in enumerate(("raw", "folded"))
+]
+
+
+@pytest.mark.parametrize(("name", "processing"), MODES)
 def test_sums_over_singular_pairs_are_the_models_own_scores_or_one_line_says_why_not(name, processing):
     result = decomposed(NAMED[name], processing)
     if name in REFUSED:

@@ -91,7 +91,7 @@ def test_there_is_a_folder_for_every_step_and_nothing_else(suite):
 
 def test_the_settings_are_written_down(suite):
     written = json.loads((suite / "suite.json").read_text())
-    assert written["settings"] == {**asdict(SMALL), "learning_rate": 1e-3}
+    assert written["settings"] == {**SMALL.as_json(), "learning_rate": 1e-3}
     assert written["steps"] == SMALL_STEPS
     assert {"torch", "lightning", "transformers", "tokenizers", "python"} <= set(written["versions"])
 

@@ -277,10 +277,10 @@ def test_answers_with_and_without_a_space_and_of_several_tokens(tmp_path, words)
     assert (prompt.correct, prompt.wrong) == (one, other)  # no word follows a space here
     (prompt,) = read(tmp_path, words, {"text": text, "key": key, "correct": "4533", "wrong": "1877"})
     assert (prompt.correct, prompt.wrong) == (one, other)  # of several tokens the first
-    with pytest.raises(InputError, match="first token"):
+    with pytest.raises(InputError, match="the first counts"):
         read(tmp_path, words, {"text": text, "key": key, "correct": "4533", "wrong": "4577"})
     text = "So Mary is a really great friend, isn't"
     (prompt,) = read(tmp_path, words, {"text": text, "key": "Mary", "correct": " she", "wrong": "he"})
     assert words.decode([prompt.correct]) == " she"
-    with pytest.raises(InputError, match="neither correct nor wrong"):
+    with pytest.raises(InputError, match="add wrong"):
         read(tmp_path, words, {"text": text, "key": "Mary", "correct": "she"})
