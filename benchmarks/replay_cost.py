@@ -4,6 +4,8 @@
 the replay adds with that of loading and the forward pass, and the peak memory of both (each in a process of its own).
 ``python benchmarks/replay_cost.py heads`` decomposes all heads of a random model of GPT-2's size in head space and
 densely, head by head, and compares the singular values. Ratios are of figures from one run.
+``python benchmarks/replay_cost.py large`` takes the steps of one checkpoint of a random model of Qwen3-4B's shape
+(QK-norm, grouped queries) in bfloat16, with as many ``--layers`` as the memory allows (36: 3.7 billion parameters).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -143,17 +146,79 @@ def heads(rounds: int, n_dense: int) -> None:
     print(f"median ratio {statistics.median(ratios):.0f}")
 
 
+def one_large_checkpoint(n_layers: int, n_prompts: int) -> dict[str, float]:
+    """The steps of one checkpoint of a random model: seconds of each, parameters, and the largest relative error."""
+    import transformers
+
+    from svf_lightning.replay import HeadSpace
+    from svf_lightning.replay.bridge import make_bridge
+
+    config = transformers.Qwen3Config(
+        vocab_size=32000, hidden_size=2560, intermediate_size=9728, num_hidden_layers=n_layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    times: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        times[name], last = now - last, now
+
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = model.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are computed, not drawn
+    lap("make")
+    bridge = make_bridge(model, processing="raw")
+    lap("bridge")
+    space = HeadSpace(bridge)
+    lap("factors")
+    tokens = torch.randint(0, 32000, (n_prompts, 20), generator=generator)
+    query, key = torch.full((n_prompts,), 19), torch.full((n_prompts,), 3)
+    observed = space.observe(tokens, query)
+    lap("forward")
+    attended = space.attended(observed, key)
+    lap("decompose")
+    assert attended.error is not None
+    return {
+        **times,
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e9,
+        "error": float(attended.error.max()),
+        "peak": peak_memory(),
+    }
+
+
+def large(n_layers: int, n_prompts: int) -> None:
+    """Print the time of one checkpoint of a large model."""
+    found = in_a_process(one_large_checkpoint, n_layers, n_prompts)
+    print(f"{found['parameters']:.1f} billion parameters in {n_layers} layers, {n_prompts} prompts, bfloat16")
+    print(f"{'step':12}{'seconds':>9}")
+    steps = ("make", "bridge", "factors", "forward", "decompose")
+    for step in steps:
+        print(f"{step:12}{found[step]:9.1f}")
+    print(f"all but making it: {sum(found[step] for step in steps[1:]):.1f} s; peak memory {found['peak']:.1f} GB; ")
+    print(f"largest error of a score: {found['error']:.1e} of the largest (one rounding in bfloat16 is 7.8e-03)")
+
+
 def main() -> None:
     """Read the arguments and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["smollm2", "heads"])
+    parser.add_argument("what", choices=["smollm2", "heads", "large"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1, help="of the replay")
     parser.add_argument("--rounds", type=int, default=9, help="of the heads")
     parser.add_argument("--dense", type=int, default=16, help="heads a round that are decomposed densely")
+    parser.add_argument("--layers", type=int, default=36, help="of the large model")
     chosen = parser.parse_args()
-    if chosen.what == "heads":
+    if chosen.what == "large":
+        large(chosen.layers, min(chosen.prompts, 8))
+    elif chosen.what == "heads":
         heads(chosen.rounds, chosen.dense)
     else:
         smollm2(chosen.prompts, chosen.batch_size, chosen.repeats)

@@ -126,7 +126,7 @@ def ticks_at(at: Sequence[float], text: Sequence[str], **options: Any) -> dict[s
 
 def index_ticks(n: int) -> dict[str, Any]:
     """Singular indices, from 1."""
-    every = 1 if n <= 12 else 5 if n <= 30 else 10
+    every = next(every for every, most in ((1, 12), (5, 30), (10, 80), (20, 160), (50, n)) if n <= most)
     shown = sorted({0, *range(every - 1, n, every)})
     return ticks_at(shown, [str(i + 1) for i in shown], tickangle=0)
 
