@@ -623,3 +623,51 @@ def test_a_source_can_be_copied_and_pickled_with_hyper_parameters(connect):
         del others[0]
         gc.collect()
         assert files_in(connect.cache) == []
+
+
+# ---- revisions as other families name them
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (["main", "checkpoint-10", "checkpoint-200"], {}, {10: "checkpoint-10", 200: "checkpoint-200"}),
+        (
+            ["main", "stage1-step0-tokens0B", "stage1-step1000-tokens5B", "stage2-ingredient1-step1000-tokens3B"],
+            {}, {0: "stage1-step0-tokens0B", 1000: "stage1-step1000-tokens5B"},
+        ),
+        (
+            ["stage1-step0-tokens0B", "stage2-ingredient1-step1000-tokens3B"],
+            {"stage": "stage2-ingredient1"}, {1000: "stage2-ingredient1-step1000-tokens3B"},
+        ),
+        (["main", "iter_0000010", "ckpt_20"], {}, {10: "iter_0000010", 20: "ckpt_20"}),
+        (["main", "v1.5-it7"], {"pattern": "v1.5-it{step}"}, {7: "v1.5-it7"}),
+    ],
+)  # fmt: skip
+def test_revisions_of_other_families_are_measured(hub, folders, connect, names, options, expected):
+    for name in names:
+        hub.add("else/where", name, folders / "step4")
+    source = connect("else/where", **options)
+    assert {ref.step: ref.name for ref in source.refs()} == expected
+    last = source.refs()[-1]
+    assert source.load(last).weight_hash == weight_hash(make_model(seed=4))
+    said = re.search(r"tokens(\d+)B", last.name)
+    assert last.tokens == (None if said is None else int(said[1]) * 10**9)
+
+
+def test_a_stage_that_there_is_not_names_those_that_there_are(hub, folders, connect):
+    hub.add("else/where", "stage1-step0-tokens0B", folders / "step0")
+    with pytest.raises(InputError, match=r"stage='stage9' .*Allowed: stage1"):
+        connect("else/where", stage="stage9").refs()
+
+
+@pytest.mark.parametrize("preset", ["pythia_410m", "polypythias", "stanford_gpt2", "olmo2_1b"])
+def test_presets_of_hub_models_name_a_source_that_can_be_made(preset):
+    import yaml
+
+    from svf_lightning.cli import preset_path
+
+    settings = yaml.safe_load(preset_path(preset, "replay").read_text())["data"]["source"]
+    assert settings["class_path"] == "svf_lightning.replay.HubCheckpoints"
+    source = HubCheckpoints(**settings["init_args"])
+    assert source.model_name() == settings["init_args"]["repo"].split("/")[1]
