@@ -119,7 +119,7 @@ def _source(settings: Namespace) -> Any:
     return parser.instantiate(Namespace(source=settings.clone())).source  # type: ignore[no-untyped-call]
 
 
-def _folder_name(model: str, prompts: str, task: str | None) -> str:
+def _folder_name(model: str, prompts: str, task: str | None = None) -> str:
     """A name that can be a folder's, of a model, and of its task or of prompts from a file."""
     of_task = [] if task in (None, _IOI) else [str(task).rsplit(".", 1)[-1]]
     parts = [model, *of_task, *([] if prompts == _IOI else [Path(prompts).stem])]

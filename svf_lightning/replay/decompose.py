@@ -18,6 +18,11 @@ of full rank, so the score is the same. "separate" gives singular pairs the part
 The rest, ``(W_Q x)^T M b_K + b_Q^T M W_K y + b_Q^T M b_K`` with ``M = M_p^T M_j``, is kept beside it. In a relative
 score only ``b_Q^T W_K s~`` is left of it where keys are not rotated; where they are, M depends on the key and nothing
 cancels. Which of the three the authors of the papers take is not known here.
+
+With a norm of queries and keys (QK-norm), W_Q and W_K stand for ``G_q C W_Q`` and ``G_k C W_K``, gains and centring in
+them, and a token for ``s x``: the norm divides it by 1/s, one number per token and head (:mod:`svf_lightning.bridged`).
+Every contribution to a score carries the scalars of its two tokens. Terms that positions add to scores (ALiBi) are kept
+beside the sum.
 """
 
 from __future__ import annotations

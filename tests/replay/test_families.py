@@ -3,14 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from helpers.replays import replay
+from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.families import EXACT, FAMILIES, KEY, QUERY, build, decomposed, prompts
-from svf_lightning.callbacks import AttentionSparsity
+from svf_lightning.callbacks import (
+    AttentionOverWords,
+    AttentionSparsity,
+    DirectionIntervention,
+    Firings,
+    Unwhitening,
+)
 from svf_lightning.errors import InputError
 from svf_lightning.heads import AttentionHeads
 from svf_lightning.probe import FiringBatch, FiringRule, Move, Probe
-from svf_lightning.replay import HeadSpace, decompose_attention
+from svf_lightning.replay import HeadSpace, ModelCheckpoints, decompose_attention
 from svf_lightning.replay.bridge import make_bridge
 from svf_lightning.replay.intervention import PromptInterventions
 from svf_lightning.replay.prompts import PromptBatch
@@ -288,3 +296,26 @@ def test_a_bridge_of_a_family_that_the_library_does_not_know_leaves_the_model_as
     bridge = make_bridge(model, processing="folded")
     torch.testing.assert_close(bridge.run_with_hooks(prompts()), before, rtol=1e-4, atol=1e-4)
     assert bridge.original_model is model
+
+
+# ---- whole replays
+
+
+@pytest.mark.parametrize("name", ["Jamba", "Gemma-3, one key head", "BLOOM", "Falcon-40B"])
+def test_every_metric_of_a_replay_measures_it(name, suite, tmp_path):
+    """Hybrids, QK-norm, ALiBi, and a model that TransformerLens does not take."""
+    tokenizer = AutoTokenizer.from_pretrained(suite / "step0")
+    family = NAMED[name]
+    options = {**family.options, "vocab_size": len(tokenizer)}
+    models = {step: build(family._replace(options=options), seed=step) for step in (0, 8)}
+    callbacks = [Firings(), DirectionIntervention(numbers=(1,)), Unwhitening(), AttentionOverWords()]
+    rows = replay(ModelCheckpoints(models, tokenizer), tmp_path, callbacks=callbacks, n_prompts=16)
+    layers = [1, 3] if name == "Jamba" else [0, 1, 2, 3]
+    assert rows.sizes["layer"] == len(layers)
+    assert ("block" in rows.coords or "block" in rows) == (name == "Jamba")
+    if name == "Jamba":
+        assert rows["block"].values.ravel()[: len(layers)].tolist() == layers
+    assert float(rows["sad/score_error"].max()) < 1e-4
+    assert ("sad/position_share" in rows) == (name == "BLOOM")
+    measured = [name for name in rows.data_vars if str(name).startswith(("firings/", "directions/", "unwhitening/"))]
+    assert len(measured) > 20
