@@ -331,10 +331,10 @@ class CheckpointReplay(pl.LightningModule):
             bridge, text = current.space.bridge, self.data.text
             layers = current.space.layers
             if text is None:
-                hand_over_reads(bridge, layers, prompts.tokens, prompts.length, take)
+                hand_over_reads(bridge, prompts.tokens, prompts.length, take, layers=layers)
             elif batch.part[0] == 0:
                 for windows in text.batches(context_window(current.loaded.model.config)):
-                    hand_over_reads(bridge, layers, windows, None, take)
+                    hand_over_reads(bridge, windows, None, take, layers=layers)
 
         return self._make_probe(current, scores, again, decompose, find_firings, read_tokens, batch.part)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from svf_lightning.bridged import AttentionLayer
+from svf_lightning.bridged import AttentionLayer, attention_layers
 from svf_lightning.errors import CheckpointError, bad_value, reason
 from svf_lightning.replay.taps import Hooks
 
@@ -105,10 +105,11 @@ def _read(where: str) -> str:
 @torch.inference_mode()
 def hand_over_reads(
     bridge: TransformerBridge,
-    layers: Sequence[AttentionLayer],
     tokens: Int[Tensor, "batch n"],
     length: Int[Tensor, "batch"] | None,
     take: Callable[[int, Float[Tensor, "tokens D"]], None],
+    *,
+    layers: Sequence[AttentionLayer] | None = None,
 ) -> None:
     """Run a model, and hand over what the heads of each layer read, layer by layer as it happens.
 
@@ -117,14 +118,15 @@ def hand_over_reads(
 
     Args:
         bridge: The model; in "folded" processing its heads read normalized residuals without gain.
-        layers: Its attention layers.
         tokens: Ids, padded on the right.
         length: Tokens of each row that are no padding; None for all.
-        take: Called once for each of them, with its number among them.
+        take: Called once for each layer with attention, with its number among these.
+        layers: These layers, if they were read already.
 
     Raises:
         CheckpointError: Numbers beyond the range of the weights' dtype.
     """
+    read_ones = attention_layers(bridge) if layers is None else layers
     device = bridge.W_E.device
     tokens = tokens.to(device)
     position = torch.arange(tokens.shape[1], device=device)
@@ -134,14 +136,14 @@ def hand_over_reads(
 
     def hand(layer: int) -> Callable[..., None]:
         def hook(x: Tensor, hook: object) -> None:
-            read = layers[layer].tokens(x[seen])
+            read = read_ones[layer].tokens(x[seen])
             if not bool(torch.isfinite(read).all()):
                 raise CheckpointError(
-                    f"what the heads of layer {layers[layer].block} read overflows; try --model.dtype=float32"
+                    f"what the heads of layer {read_ones[layer].block} read overflows; try --model.dtype=float32"
                 )
             take(layer, read)
 
         return hook
 
-    hooks: Hooks = [(layer.read_hook, hand(number)) for number, layer in enumerate(layers)]
+    hooks: Hooks = [(layer.read_hook, hand(number)) for number, layer in enumerate(read_ones)]
     bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
