@@ -235,7 +235,7 @@ def test_patching_everything_that_a_head_reads_gives_it_the_scores_of_the_other_
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("processing", ["raw", "folded"])
+@pytest.mark.parametrize("processing", ["raw", pytest.param("folded", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WAYS)
 def test_firings_are_decomposed_as_their_queries_by_themselves(name, processing):
     space = HeadSpace(make_bridge(build(NAMED[name]), processing=processing))
