@@ -12,7 +12,7 @@ go into W and b; c stays apart, as it does not carry the token's scalar s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,8 +92,8 @@ class AttentionLayer:
         chunk: Size of the chunks that a query sees its own of; None for no chunks.
         q_norm: Norm of the queries, or None.
         k_norm: Norm of the keys, or None.
-        is_normed_in_place: The norms come after the rotation, so that their gains stand between the rotations of the
-            two positions and are no part of W.
+        gain_in_place: Gains of both norms where these come after the rotation, so that they stand between the rotations
+            of the two positions and are no part of W, nor of ``q_norm`` and ``k_norm`` here; or None.
         clip: Bound that queries and keys are clamped to, or None.
         layout: How components are paired by the rotation.
         is_rotary: Whether positions rotate queries and keys.
@@ -113,7 +113,7 @@ class AttentionLayer:
     chunk: int | None
     q_norm: QKNorm | None
     k_norm: QKNorm | None
-    is_normed_in_place: bool
+    gain_in_place: Float[Tensor, "head H"] | None
     clip: float | None
     layout: Layout
     is_rotary: bool
@@ -139,20 +139,12 @@ class AttentionLayer:
         for side, W, b, norm in (("Q", self.W_Q, self.b_Q, self.q_norm), ("K", self.W_K, self.b_K, self.k_norm)):
             shift = None
             if norm is not None:
-                gain = norm.gain.to(W) if not self.is_normed_in_place else torch.ones_like(norm.gain).to(W)
+                gain = norm.gain.to(W)
                 W = norm.centred(W, 1) * gain[..., None]
                 b = None if b is None else norm.centred(b) * gain
                 shift = None if norm.shift is None else norm.shift.to(W)
             found |= {f"W_{side}": W, f"b_{side}": b, f"c_{side}": shift}
         return found
-
-    @property
-    def gain_in_place(self) -> Float[Tensor, "head H"] | None:
-        """Gains of both norms where they stand between the two rotations; None if there are none."""
-        if not self.is_normed_in_place or self.q_norm is None or self.k_norm is None:
-            return None
-        gain = self.q_norm.gain * self.k_norm.gain.repeat_interleave(len(self.W_Q) // len(self.W_K), dim=0)
-        return None if bool((gain == 1).all()) else gain
 
     def temperature(self, position: Tensor) -> Tensor | None:
         """t, what queries are multiplied with at these positions, float32; None where it is 1 everywhere.
@@ -235,6 +227,10 @@ def _read_layer(bridge: Any, number: int, attention: Any, model: str) -> Attenti
         None if norm is None else _read_norm(norm, n, W_Q.shape[1], W_Q.device, model, where)
         for norm, n in zip(_norms(original), (n_heads, n_keys), strict=True)
     )
+    gain_in_place = None
+    if q_norm is not None and k_norm is not None and getattr(bridge.cfg, "qk_norm_after_rope", False):  # HunYuan
+        gain_in_place = q_norm.gain * k_norm.gain.repeat_interleave(n_heads // n_keys, dim=0)
+        q_norm, k_norm = (replace(norm, gain=torch.ones_like(norm.gain)) for norm in (q_norm, k_norm))
     input_norm = (getattr(bridge, _FOLDED_WHEN_READ, None) or {}).get(number)
     if input_norm is not None:
         W_Q, b_Q, W_K, b_K = (*_with_norm(W_Q, b_Q, input_norm), *_with_norm(W_K, b_K, input_norm))
@@ -254,7 +250,7 @@ def _read_layer(bridge: Any, number: int, attention: Any, model: str) -> Attenti
         chunk=chunk,
         q_norm=q_norm,
         k_norm=k_norm,
-        is_normed_in_place=bool(getattr(bridge.cfg, "qk_norm_after_rope", False)) or hasattr(original, "qk_norm"),
+        gain_in_place=gain_in_place,
         clip=getattr(config, "clip_qkv", None) or getattr(original, "clip_qkv", None),
         layout=_layout(bridge.cfg, original),
         is_rotary=_rotates(bridge.cfg, original),

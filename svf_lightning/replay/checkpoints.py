@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
+from svf_lightning.files import written_whole
 from svf_lightning.replay.model_files import (
     CONFIG,
     VOCABULARIES,
@@ -242,7 +243,7 @@ def _file_of_package(package: str) -> Path:
     files = sorted(path for place in places for path in place.rglob("*.gguf"))
     if not files and any("def assemble(" in (place / "__init__.py").read_text("utf-8") for place in places):
         try:
-            return Path(importlib.import_module(package).assemble())
+            return _assembled(importlib.import_module(package))
         except Exception as error:  # a package of someone else's
             raise InputError(
                 f"package={package!r} does not put its file together ({reason(error)}). Allowed: a package whose parts "
@@ -254,6 +255,17 @@ def _file_of_package(package: str) -> Path:
             "set file to the path of a GGUF file instead",
         )  # fmt: skip
     return files[0]
+
+
+def _assembled(package: Any) -> Path:
+    """The file that a package puts together and checks; whole, whatever a killed process has left of it."""
+    target = Path(package.default_output_path())
+    with suppress(FileExistsError):  # what lies there is torn
+        if target.exists():
+            return Path(package.assemble())
+    with written_whole(target) as draft:
+        package.assemble(draft)
+    return target
 
 
 @contextmanager

@@ -90,7 +90,6 @@ class ReplayData(pl.LightningDataModule):
         task: str | None = None,
     ) -> None:
         super().__init__()
-        self.task_from = task
         self._task = None if task in (None, IOI) else find_task(str(task))
         if self._task is not None and prompts != IOI:
             raise bad_value("prompts", prompts, f"{IOI} (the default) beside a task", "set one of the two")

@@ -150,8 +150,7 @@ class HeadSpace:
         whole, self.heads = heads, heads.without_biases() if is_outside else heads
         heads = self.heads
         self.n_layers, self.n_heads, self.d_head = heads.W_Q.shape[:3]
-        self.d_model = heads.W_Q.shape[-1]
-        self.rank = min(self.d_head, self.d_model + heads.n_constants)
+        self.rank = min(self.d_head, heads.W_Q.shape[-1] + heads.n_constants)
         self.repeats = self.n_heads // len(self.layers[0].W_K)
         self.caps = [layer.cap for layer in self.layers]
         gains = [layer.gain_in_place for layer in self.layers]
@@ -251,9 +250,9 @@ class HeadSpace:
                     kept.setdefault(name, {})[number] = value
             self._check_keys(number, x, keys[batch, query], query)
 
-        logits = self.bridge_logits(tokens, take)
+        logits: Tensor = self.taps.run(tokens, take, return_type="logits")
 
-        def stacked(name: str, like: Tensor | None = None) -> Tensor | None:
+        def stacked(name: str) -> Tensor | None:
             """All layers; those that have none of it have what changes nothing."""
             if name not in kept:
                 return None
@@ -287,11 +286,6 @@ class HeadSpace:
         check_range(observed)
         self._check_hidden(observed)
         return observed
-
-    def bridge_logits(self, tokens: Tensor, take: Callable[[int, Shown], None]) -> Tensor:
-        """Run the model, and give its logits."""
-        logits: Tensor = self.taps.run(tokens, take, return_type="logits")
-        return logits
 
     def visible(self, query: Tensor, n: int) -> Tensor:
         """Keys that the query sees in each layer, from positions: what masked scores look like differs by mode."""
@@ -334,7 +328,13 @@ class HeadSpace:
         return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if self.has_constant else x
 
     def token_scalars(
-        self, layer: int, side: Side, x: Float[Tensor, "*tokens D"], position: Int[Tensor, "*tokens"]
+        self,
+        layer: int,
+        side: Side,
+        x: Float[Tensor, "*tokens D"],
+        position: Int[Tensor, "*tokens"],
+        *,
+        head: int | None = None,
     ) -> Float[Tensor, "*tokens head"] | None:
         """What tokens are multiplied with before a layer's heads read them as queries or keys; None for nothing.
 
@@ -346,9 +346,13 @@ class HeadSpace:
             side: As queries, or as keys (then of key heads).
             x: What the heads read.
             position: Positions of the tokens.
+            head: For this head (or key head) alone.
         """
         form = self.layers[layer]
         W, b, norm = (form.W_Q, form.b_Q, form.q_norm) if side == "query" else (form.W_K, form.b_K, form.k_norm)
+        one = None if head is None else slice(head, head + 1)
+        if one is not None and (norm is None or not norm.is_over_heads):  # else its number needs the other heads
+            W, b, one = W[one], None if b is None else b[one], None
         scalars = None
         if norm is not None:
             projected = torch.einsum("...d,hid->...hi", x, W.to(x))
@@ -356,21 +360,16 @@ class HeadSpace:
         temperature = form.temperature(position) if side == "query" else None
         if temperature is not None:
             scalars = temperature[..., None] * (torch.ones(len(W)).to(x) if scalars is None else scalars)
-        return None if scalars is None else scalars.to(x)
+        if scalars is None:
+            return None
+        return (scalars if one is None else scalars[..., one]).to(x)
 
     def normed_keys(
         self, layer: int, keys: Float[Tensor, "... key_head H"]
     ) -> tuple[Float[Tensor, "... key_head H"], Float[Tensor, "... key_head"] | None]:
         """Projected keys after their norm, but for gains between rotations, and what it has multiplied them with."""
-        form = self.layers[layer]
-        norm = form.k_norm
-        if norm is None:
-            return keys, None
-        scalars = norm.scalars(keys).to(keys)
-        normed = norm.centred(keys) * scalars[..., None]
-        if not form.is_normed_in_place:
-            normed = normed * norm.gain.to(keys)
-        return (normed if norm.shift is None else normed + norm.shift.to(keys)), scalars
+        norm = self.layers[layer].k_norm
+        return (keys, None) if norm is None else (norm(keys).to(keys), norm.scalars(keys).to(keys))
 
     def read(
         self, layer: int, x: Float[Tensor, "*tokens D"], scalars: Tensor | None
@@ -387,10 +386,11 @@ class HeadSpace:
         self, layer: int, head: int, side: Side, x: Float[Tensor, "*batch n D"], position: Int[Tensor, "n"]
     ) -> Float[Tensor, "*batch n D1"]:
         """Tokens as one head reads them: times the token's scalar, and with a constant for each kind of bias."""
-        scalars = self.token_scalars(layer, side, x, position.expand(x.shape[:-1]))
+        own = head if side == "query" else head // self.repeats
+        scalars = self.token_scalars(layer, side, x, position.expand(x.shape[:-1]), head=own)
         token = self.with_constant(x)
         if scalars is not None:
-            token = token * scalars[..., head if side == "query" else head // self.repeats, None]
+            token = token * scalars
         return torch.cat([token, torch.ones_like(token[..., :1])], dim=-1) if self._has_shift else token
 
     def weights(self, layer: int, head: int, side: Side) -> Float[Tensor, "H D"]:

@@ -485,7 +485,7 @@ def _by_step(names: Iterable[str], form: re.Pattern[str] | None, *, strict: bool
             )  # fmt: skip
         if said is None:
             continue
-        if said.step in name_of and (strict or not is_short(name_of[said.step])):
+        if said.step in name_of and (strict or is_short(name) or not is_short(name_of[said.step])):
             raise bad_value(
                 "revisions", name, f"one revision per step; {name_of[said.step]!r} is step {said.step} too",
                 "name the revisions that you mean, as a list",

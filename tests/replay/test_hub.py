@@ -657,6 +657,13 @@ def test_revisions_of_other_families_are_measured(hub, folders, connect, names, 
     assert last.tokens == (None if said is None else int(said[1]) * 10**9)
 
 
+def test_two_revisions_of_one_step_are_not_chosen_between(hub, folders, connect):
+    for name in ("step10", "checkpoint-10"):
+        hub.add("else/where", name, folders / "step4")
+    with pytest.raises(InputError, match="one revision per step"):
+        connect("else/where").refs()
+
+
 def test_a_stage_that_there_is_not_names_those_that_there_are(hub, folders, connect):
     hub.add("else/where", "stage1-step0-tokens0B", folders / "step0")
     with pytest.raises(InputError, match=r"stage='stage9' .*Allowed: stage1"):

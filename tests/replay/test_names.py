@@ -243,6 +243,18 @@ def test_a_file_that_is_none_of_nanogpts_says_so(suite, tmp_path, content):
         source.load(source.refs()[0])
 
 
+@pytest.mark.parametrize("change", [{"n_embd": 26}, {"n_head": 5}, {"vocab_size": 9}])
+def test_arguments_of_nanogpt_that_do_not_fit_its_weights_are_one_line(suite, tmp_path, change):
+    path = tmp_path / "ckpt.pt"
+    nanogpt(path, 222, bias=True)
+    stored = torch.load(path)
+    torch.save({**stored, "model_args": stored["model_args"] | change}, path)
+    source = NanoGPTCheckpoint(str(path), tokenizer=str(suite / "step0"))
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt is no GPT of nanoGPT") as error:
+        source.load(source.refs()[0])
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_tokenizer_of_nanogpt_names_the_option(suite, tmp_path):
     nanogpt(tmp_path / "ckpt.pt", 222, bias=True)
     with pytest.raises(InputError, match=r"--data\.source\.init_args\.tokenizer"):

@@ -120,6 +120,14 @@ def test_an_unknown_task_is_refused(name):
         find_task(name)
 
 
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken_task.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot be imported") as error:
+        find_task("broken_task.Mine")
+    assert "\n" not in str(error.value)
+
+
 def test_a_task_and_a_file_of_prompts_exclude_each_other(suite):
     with pytest.raises(InputError, match="beside a task"):
         ReplayData(FolderCheckpoints(str(suite)), prompts="mine.jsonl", task="induction")
