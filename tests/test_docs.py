@@ -134,6 +134,7 @@ def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
     floors = [
         [
             *("errors", "terminal", "arguments", "draws", "files", "matrix_files", "sentences", "stop"),
+            "checkpoint_names",
             *("rotary", "bridged", "heads", "metrics", "theory"),
         ],
         ["quantities", "probe"],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
@@ -144,21 +144,61 @@ def colour_axis(title: str = "|cosine|", *, signed: bool = False, **bar: Any) ->
     return {**scale, "cmax": 1, "colorbar": colour_bar("cosine" if signed else title, **bar)}
 
 
-def step_axis(steps: np.ndarray, x_axis: XAxis) -> tuple[np.ndarray, dict[str, Any]]:
-    """Positions of steps, and their axis. On a log axis, step 0 stands half a decade before the first other one."""
+def in_tokens(n: float) -> str:
+    """A number of tokens to three digits, with the letters of the names of checkpoints: 4.19B."""
+    size, letter = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if n >= s), (1, ""))
+    return f"{n / size:.3g}{letter}"
+
+
+class _Time(NamedTuple):
+    """What an axis of training counts, and how its numbers are written."""
+
+    title: str
+    ticks: dict[str, Any]  # format of what plotly writes
+    tick: Callable[[float], str]
+
+
+_IN_STEPS = _Time("training step", {"tickformat": ",d"}, lambda step: f"{step:,.0f}")
+_IN_TOKENS = _Time("tokens seen in training", {"exponentformat": "B"}, in_tokens)
+
+
+def step_axis(steps: np.ndarray, x_axis: XAxis, tokens: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    """Positions of steps, and their axis. On a log axis, step 0 stands half a decade before the first other one.
+
+    Args:
+        steps: Ascending training steps.
+        x_axis: Its scale.
+        tokens: Seen at each of these steps; the axis counts them then.
+
+    Raises:
+        InputError: There is no such scale.
+    """
     if x_axis not in ("linear", "log"):
         raise bad_value("x_axis", x_axis, "linear or log", "choose one of them")
+    time = _IN_STEPS if tokens is None else _IN_TOKENS
+    counted = (steps if tokens is None else tokens).astype(float)
     if x_axis == "linear":
-        limits = [float(steps[0]), float(steps[-1])]
-        return steps.astype(float), {"title": {"text": "training step"}, "range": limits, "tickformat": ",d"}
-    positive = steps[steps > 0]
+        return counted, {"title": {"text": time.title}, "range": [counted[0], counted[-1]], **time.ticks}
+    positive = counted[counted > 0]
     zero = float(positive[0]) / math.sqrt(10)
-    x = np.where(steps > 0, steps, zero).astype(float)
-    decades = [10**k for k in range(math.ceil(math.log10(positive[0])), math.floor(math.log10(positive[-1])) + 1)]
-    ticks = {**({zero: "0"} if (steps <= 0).any() else {}), **{d: f"{d:,}" for d in decades}}
+    x = np.where(counted > 0, counted, zero)
+    ticks = {
+        **({zero: "0"} if (counted <= 0).any() else {}),
+        **{d: time.tick(d) for d in _round_ones(*positive[[0, -1]])},
+    }
     limits = [math.log10(x[0]), math.log10(x[-1])]
-    named = {"title": {"text": "training step (log scale)"}, "tickvals": list(ticks), "ticktext": list(ticks.values())}
+    named = {"title": {"text": f"{time.title} (log scale)"}, "tickvals": list(ticks), "ticktext": list(ticks.values())}
     return x, {"type": "log", "range": limits, **named}
+
+
+def _round_ones(low: float, high: float) -> list[float]:
+    """Powers of ten between two numbers; where these are less than two, 1, 2 and 5 times them, or else the two."""
+    powers = [10.0**k for k in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    for factors in ((1,), (1, 2, 5)):
+        found = [power * factor for power in powers for factor in factors if low <= power * factor <= high]
+        if len(found) > 1:
+            return found
+    return sorted({low, high})
 
 
 def thinned(steps: np.ndarray, x_axis: XAxis) -> np.ndarray:
@@ -173,11 +213,11 @@ def thinned(steps: np.ndarray, x_axis: XAxis) -> np.ndarray:
 
 
 class Steps:
-    """The step axis of a figure, and lines along it."""
+    """The step axis of a figure, in steps or in the tokens seen until then, and lines along it."""
 
-    def __init__(self, steps: np.ndarray, x_axis: XAxis) -> None:
-        self.steps = steps
-        self.x, self.axis = step_axis(steps, x_axis)
+    def __init__(self, steps: np.ndarray, x_axis: XAxis, tokens: np.ndarray | None = None) -> None:
+        self.steps, self.tokens = steps, tokens
+        self.x, self.axis = step_axis(steps, x_axis, tokens)
         self.kept = thinned(steps, x_axis)
 
     def line(self, figure: go.Figure, y: np.ndarray, colour: str, name: str, *, width: float, **options: Any) -> bool:
@@ -185,11 +225,18 @@ class Steps:
         y = y[self.kept]
         if not np.isfinite(y).any():
             return False
-        template = f"{options.pop('hover', name)}<br>step %{{customdata:,}}: %{{y:.3f}}<extra></extra>"
+        seen = "" if self.tokens is None else " (%{text} tokens)"
+        template = f"{options.pop('hover', name)}<br>step %{{customdata:,}}{seen}: %{{y:.3f}}<extra></extra>"
         line = {"color": colour, "width": width}
-        points = {"x": self.x[self.kept], "y": y, "customdata": self.steps[self.kept]}
+        points: dict[str, Any] = {"x": self.x[self.kept], "y": y, "customdata": self.steps[self.kept]}
+        if self.tokens is not None:
+            points["text"] = [in_tokens(n) for n in self.tokens[self.kept]]
         figure.add_scatter(**points, mode="lines", name=name, line=line, hovertemplate=template, **options)
         return True
+
+    def at(self, step: float) -> float:
+        """Where a step lies that need not be one of these."""
+        return float(np.interp(step, self.steps, self.x))
 
     def lines(
         self, figure: go.Figure, values: np.ndarray, colour: str, name: str, *, mean: str = "", **options: Any

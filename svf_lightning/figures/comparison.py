@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from svf_lightning.errors import InputError
 from svf_lightning.figures.axes import Steps
 from svf_lightning.figures.look import BLUE, DASHES, GREEN, ORANGE, PURPLE, SKY, VERMILLION, as_text, finish
-from svf_lightning.figures.reading import mean_of_finite, quantity
+from svf_lightning.figures.reading import mean_of_finite, quantity, read_tokens
 from svf_lightning.quantities import Place, Quantity
 from svf_lightning.registry import known
 from svf_lightning.rows import scalar_variables
@@ -28,6 +28,7 @@ class OverSteps(NamedTuple):
 
     run: Shaped[np.ndarray, "run"]  # names
     step: Int[np.ndarray, "step"]
+    tokens: Float[np.ndarray, "run step"] | None  # seen until then; NaN where a run has no row; None: one does not say
     mean: Float[np.ndarray, "run step"]  # over instances or heads; NaN at a step that the run did not capture
     quantity: Quantity
 
@@ -59,11 +60,14 @@ def prepare_over_steps(datasets: Mapping[str, xr.Dataset], name: str) -> OverSte
     if len(holders) < 2:
         raise InputError(f"fewer than two of the runs hold {name!r} over steps. Fix: compare runs of one kind.")
     steps = np.unique(np.concatenate([dataset["step"].values for dataset in holders.values()]))
-    mean = np.full((len(holders), len(steps)), np.nan)
-    for row, dataset in zip(mean, holders.values(), strict=True):
+    mean, tokens = (np.full((len(holders), len(steps)), np.nan) for _ in range(2))
+    seen = [read_tokens(dataset) for dataset in holders.values()]
+    for i, dataset in enumerate(holders.values()):
         values = np.asarray(dataset[name].values, dtype=float).reshape(dataset.sizes["step"], -1)
-        row[np.searchsorted(steps, dataset["step"].values)] = mean_of_finite(values, 1)
-    return OverSteps(np.array(list(holders)), steps, mean, quantity(next(iter(holders.values())), name))
+        rows = np.searchsorted(steps, dataset["step"].values)
+        mean[i, rows], tokens[i, rows] = mean_of_finite(values, 1), seen[i]
+    known = None if any(each is None for each in seen) else tokens
+    return OverSteps(np.array(list(holders)), steps, known, mean, quantity(next(iter(holders.values())), name))
 
 
 def draw_over_steps(data: OverSteps) -> go.Figure:
@@ -74,20 +78,22 @@ def draw_over_steps(data: OverSteps) -> go.Figure:
         captured = np.isfinite(mean)
         if not captured.any():
             continue
-        time = Steps(data.step[captured], "log")
+        time = Steps(data.step[captured], "log", None if data.tokens is None else data.tokens[i, captured])
         # dashes, so that a line shows through one that lies on it
         look = {"line_dash": DASHES[i % len(DASHES)], "connectgaps": True}
         time.line(drawn, mean[captured], _COLOURS[i % len(_COLOURS)], as_text(run), width=2.5, **look)
         ends += time.axis["range"]
     shown = data.quantity
     limits = {"range": [min(ends), max(ends)]} if ends else {}
+    counted = None if data.tokens is None else np.unique(data.tokens[np.isfinite(data.tokens)])
+    axis = Steps(data.step if counted is None else np.arange(len(counted)), "log", counted).axis
     scale = "log" if shown.panel is not None and shown.panel.log else "linear"
     return finish(
         drawn,
         as_text(shown.name),
         shown.label if shown.label != as_text(shown.name) else "",
         height=380,
-        xaxis={**Steps(data.step, "log").axis, **limits},
+        xaxis={**axis, **limits},
         yaxis={"title": {"text": shown.unit or "value"}, "type": scale},
     )
 

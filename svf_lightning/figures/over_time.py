@@ -120,7 +120,7 @@ def draw_fig_3(data: Dynamics, *, x_axis: XAxis = "linear") -> go.Figure:
             marker={"color": colour, "size": 7, "line": {"color": "#FFFFFF", "width": 1}},
             hovertemplate=f"{symbol} = %{{customdata:,}}<extra></extra>",
         )
-        draw_rule(drawn, 1, "x", float(np.interp(median, data.step, time.x)), color=colour, width=1, dash="dot")
+        draw_rule(drawn, 1, "x", time.at(median), color=colour, width=1, dash="dot")
     title = "Alignment of singular vectors, and orthogonality of features, over training"
     return finish(drawn, title, data.subtitle, xaxis=time.axis, yaxis=_COSINE_AXIS)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from svf_lightning.checkpoint_names import tokens_seen
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.figures.look import as_text, count_of
 from svf_lightning.metrics.dynamics import LEVELS
@@ -152,6 +153,13 @@ def for_plotly(quantity: Quantity) -> Quantity:
 def read(dataset: xr.Dataset, name: str, *dims: str, **at: int) -> np.ndarray:
     """A quantity at the given position, with the given dimensions, in this order."""
     return np.asarray(dataset[name].isel(at).transpose(*dims).values, dtype=float)
+
+
+def read_tokens(dataset: xr.Dataset) -> np.ndarray | None:
+    """Tokens seen in training at each step, float64; None where the names of the checkpoints do not say."""
+    if "checkpoint" not in dataset or dataset["checkpoint"].dims != ("step",):
+        return None
+    return tokens_seen([str(name) for name in dataset["checkpoint"].values], dataset["step"].values)
 
 
 def read_last(dataset: xr.Dataset, name: str) -> np.ndarray:

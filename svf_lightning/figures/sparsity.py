@@ -42,6 +42,7 @@ from svf_lightning.figures.reading import (
     quantity,
     range_of_finite,
     read,
+    read_tokens,
     require,
     require_finite,
     require_heads,
@@ -278,6 +279,7 @@ class TaskHeads(NamedTuple):
     """
 
     step: Int[np.ndarray, "step"]
+    tokens: Float[np.ndarray, "step"] | None  # seen in training until then; None: not known
     head: Shaped[np.ndarray, "head"]  # names such as L2H3
     control: Shaped[np.ndarray, "control"]  # names of the controls
     sparseness_each: Float[np.ndarray, "step head"]  # S(v) in the singular basis, mean over prompts
@@ -325,6 +327,7 @@ def prepare_fig_7b(dataset: xr.Dataset, *, heads: Sequence[Head] | None = None) 
     has_accuracy = "sad/accuracy" in dataset
     return TaskHeads(
         step=step,
+        tokens=read_tokens(dataset),
         head=np.array([str(head) for head in heads]),
         control=np.array(list(controls.values())),
         sparseness_each=sparseness,
@@ -352,7 +355,7 @@ def draw_fig_7b(data: TaskHeads, *, x_axis: XAxis = "log") -> go.Figure:
     A thin line is one head, a thick line the mean of the heads. A control is the mean over its random draws; its band
     goes from the lowest to the highest of them.
     """
-    time = Steps(data.step, x_axis)
+    time = Steps(data.step, x_axis, data.tokens)
     drawn = _panels_over_steps(time, 0.6, data.n_singular)
     colours = {label: colour for colour, label in _CONTROLS.values()}
     for i, label in enumerate(data.control):

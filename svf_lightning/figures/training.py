@@ -15,7 +15,14 @@ from svf_lightning.errors import InputError
 from svf_lightning.figures.axes import Steps, axis_name
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import DASHES, MARGIN, PALETTE, finish, markup
-from svf_lightning.figures.reading import chance_of, for_plotly, mean_of_finite, range_of_finite, sizes_in_words
+from svf_lightning.figures.reading import (
+    chance_of,
+    for_plotly,
+    mean_of_finite,
+    range_of_finite,
+    read_tokens,
+    sizes_in_words,
+)
 from svf_lightning.quantities import Panel, Quantity, in_order
 from svf_lightning.registry import known
 from svf_lightning.rows import scalar_variables
@@ -37,6 +44,7 @@ class OverTraining(NamedTuple):
     """Scalar quantities over training, each with its instances (or heads)."""
 
     step: Int[np.ndarray, "step"]
+    tokens: Float[np.ndarray, "step"] | None  # seen in training until then; None: not known
     metric: Shaped[np.ndarray, "metric"]  # names
     mean: Float[np.ndarray, "metric step"]  # over instances or heads, of what is finite
     lowest: Float[np.ndarray, "metric step"]
@@ -84,6 +92,7 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
     ranges = [range_of_finite(each) for each in values]
     return OverTraining(
         step=dataset["step"].values,
+        tokens=read_tokens(dataset),
         metric=np.array([q.name for q in quantities]),
         mean=np.stack([mean_of_finite(each, 1) for each in values]),
         lowest=np.stack([low for low, _ in ranges]),
@@ -101,13 +110,14 @@ def _prepare(dataset: xr.Dataset, shows: Callable[[Quantity], bool]) -> OverTrai
 def draw_training(data: OverTraining) -> go.Figure:
     """One panel for each kind of quantity, all on one axis of steps, with one cursor and the steps of change."""
     drawn = _draw(data, [q.panel or _of_unit(q) for q in data.quantities], "Over training")
-    moments = []
+    moments, time = [], Steps(data.step, "log", data.tokens)
     for change in sorted(
         (change for change in data.changes if change.happened.any()), key=lambda change: change.median
     ):
         at, name = change.median, change.of.name
         colour = next(trace.line.color for trace in drawn.data if trace.legendgroup == name)
-        ends = {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
+        place = time.at(at)
+        ends = {"x0": place, "x1": place, "y0": 0, "y1": 1, "yref": "paper"}
         drawn.add_shape(type="line", **ends, line={"dash": "dot", "width": 1.5, "color": colour})
         moments.append(f"{_symbol(change)} {at:,.0f}" + ("" if change.happened.all() else f" {change.counted()}"))
     if moments:
@@ -144,7 +154,7 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
     Panels share one x axis, as a cursor through all of them needs that.
     """
     panels = in_order(panel_of)
-    drawn, time = go.Figure(), Steps(data.step, "log")
+    drawn, time = go.Figure(), Steps(data.step, "log", data.tokens)
     layout: dict[str, Any] = {}
     lines_of = [[i for i, its_panel in enumerate(panel_of) if its_panel == panel] for panel in panels]
     heights = [max(_PANEL, _LEGEND_LINE * len(lines)) for lines in lines_of]
@@ -180,7 +190,7 @@ def _draw(data: OverTraining, panel_of: Sequence[Panel], title: str) -> go.Figur
         },
         hovermode="x",
         hoversubplots="axis",
-        updatemenus=[_scale_buttons(time.axis)],
+        updatemenus=[_scale_buttons(time.axis, Steps(data.step, "linear", data.tokens).axis)],
         **layout,
     )  # fmt: skip
 
@@ -224,14 +234,17 @@ def _value_axis(panel: Panel, values: Sequence[np.ndarray]) -> dict[str, Any]:
     return axis
 
 
-def _scale_buttons(log_axis: dict[str, Any]) -> dict[str, Any]:
+def _scale_buttons(log_axis: dict[str, Any], linear_axis: dict[str, Any]) -> dict[str, Any]:
     """Buttons for the scale of the steps."""
-    log = {"xaxis.type": "log", "xaxis.tickmode": "array", "xaxis.title.text": log_axis["title"]["text"]}
-    linear = {"xaxis.type": "linear", "xaxis.tickmode": "auto", "xaxis.title.text": "training step"}
     buttons = [
-        {"label": label, "method": "relayout", "args": [{**axis, "xaxis.autorange": True}]}
-        for label, axis in (("log steps", log), ("linear steps", linear))
-    ]
+        {"label": label, "method": "relayout", "args": [{
+            "xaxis.type": scale, "xaxis.tickmode": ticks, "xaxis.title.text": axis["title"]["text"],
+            "xaxis.autorange": True,
+        }]}
+        for label, scale, ticks, axis in (
+            ("log steps", "log", "array", log_axis), ("linear steps", "linear", "auto", linear_axis)
+        )
+    ]  # fmt: skip
     return {"type": "buttons", "buttons": buttons, "direction": "right", "x": 1, "y": 0, "pad": {"t": 45}}
 
 

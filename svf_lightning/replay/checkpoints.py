@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from svf_lightning.checkpoint_names import KNOWN, compiled, of_stage, read_name
 from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
 from svf_lightning.files import written_whole
 from svf_lightning.replay.model_files import (
@@ -29,7 +30,6 @@ from svf_lightning.replay.model_files import (
     no_bar,
     vocabulary_hash,
 )
-from svf_lightning.replay.names import KNOWN, compiled, of_stage, read_name
 from svf_lightning.replay.source import (
     CheckpointRef,
     CheckpointSource,

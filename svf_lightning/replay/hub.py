@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import torch
 
+from svf_lightning.checkpoint_names import KNOWN, compiled, is_short, of_stage, read_name
 from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
 from svf_lightning.replay.model_files import (
     CONFIG,
@@ -33,7 +34,6 @@ from svf_lightning.replay.model_files import (
     shard_files,
     vocabulary_hash,
 )
-from svf_lightning.replay.names import KNOWN, compiled, is_short, of_stage, read_name
 from svf_lightning.replay.source import (
     PYTHIA_STEPS,
     CheckpointRef,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svf_lightning.checkpoint_names import read_name
 from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line, reason
 from svf_lightning.replay.hub import HubCheckpoints
 from svf_lightning.replay.model_files import as_loaded, has_tokenizer, load_tokenizer
-from svf_lightning.replay.names import read_name
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource, LoadedCheckpoint, check_selection, select_steps
 
 if TYPE_CHECKING:

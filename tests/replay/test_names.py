@@ -5,9 +5,9 @@ import torch
 from helpers.replays import replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from svf_lightning.checkpoint_names import CheckpointName, compiled, of_stage, read_name
 from svf_lightning.errors import CheckpointError, InputError
 from svf_lightning.replay import FolderCheckpoints, HubCheckpoints, NanoGPTCheckpoint
-from svf_lightning.replay.names import CheckpointName, compiled, of_stage, read_name
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ Trainer, Stanford's GPT-2), ``ckpt_100``, ``iter_0001000`` (Megatron), ``global_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from svf_lightning.errors import bad_value
 
@@ -99,6 +101,33 @@ def of_stage(
         raise bad_value("stage", stage, allowed, "choose one of these")
     chosen = stage if stage is not None else next(iter(stages), "")
     return {name: found for name, found in read.items() if found.stage == chosen}
+
+
+def tokens_seen(names: Sequence[str], steps: np.ndarray) -> np.ndarray | None:
+    """Tokens seen in training at some of its steps, as far as the names of the checkpoints say.
+
+    Names round (``step1000-tokens5B``), so that tokens are taken to be proportional to steps, at the rate of the last
+    checkpoint, where that agrees with every name; else they are what the names say.
+
+    Args:
+        names: Of the checkpoints, one for each step.
+        steps: Ascending training steps.
+
+    Returns:
+        Ascending numbers of tokens, float64; None if a name tells none, or if they do not grow with the steps.
+    """
+    read = [read_name(name, loose=True) for name in names]
+    printed = [
+        0 if step == 0 else None if found is None else found.tokens for step, found in zip(steps, read, strict=True)
+    ]
+    if not printed or None in printed or not printed[-1]:
+        return None
+    said = np.array(printed, dtype=float)
+    by_steps = said[-1] * steps / steps[-1]
+    unit = next(unit for unit in (10**9, 10**6, 10**3, 1) if not (said % unit).any())
+    if (abs(by_steps - said) <= unit).all():
+        return np.asarray(by_steps)
+    return said if (np.diff(said) > 0).all() else None
 
 
 def _in_order(stage: str) -> list[int]:
