@@ -15,6 +15,7 @@ import torch
 from svf_lightning.checkpoint_names import KNOWN, compiled, of_stage, read_name
 from svf_lightning.errors import CheckpointError, InputError, bad_value, reason
 from svf_lightning.files import written_whole
+from svf_lightning.replay.litgpt import is_litgpt, litgpt_config, load_litgpt
 from svf_lightning.replay.model_files import (
     CONFIG,
     VOCABULARIES,
@@ -49,7 +50,8 @@ class FolderCheckpoints(CheckpointSource):
     So is a folder that transformers' Trainer writes. Other names that are known: ``ckpt_<N>``, ``iter_<N>``,
     ``stage1-step<N>-tokens<M>B`` (one stage at a time).
 
-    Each is a Hugging Face model folder (config.json and weights). If there are such subfolders, a model in the folder
+    Each is a Hugging Face model folder (config.json and weights), or one of LitGPT (lit_model.pth and
+    model_config.yaml; models of the shape of GPT-NeoX or Llama). If there are such subfolders, a model in the folder
     itself is left out, as its step is not known. The tokenizer is that of a checkpoint, or else of the folder.
 
     Args:
@@ -95,7 +97,7 @@ class FolderCheckpoints(CheckpointSource):
         names: dict[int, CheckpointRef] = {}
         folders = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
         # a folder of DeepSpeed inside a checkpoint is no checkpoint of its own
-        is_model = (self.folder / CONFIG).is_file()
+        is_model = (self.folder / CONFIG).is_file() or is_litgpt(self.folder)
         said = of_stage(
             [name for name in folders if not (is_model and name.startswith("global_step"))], self._form, self.stage
         )
@@ -118,7 +120,7 @@ class FolderCheckpoints(CheckpointSource):
             )
         refs = [names[step] for step in select_steps(list(names), self.steps, name="steps")]
         config = self._path(refs[0]) / CONFIG
-        with suppress(OSError):  # load reports a damaged one
+        with suppress(OSError):  # load reports a damaged or missing one
             text = config.read_text(encoding="utf-8", errors="replace")
             if _is_json(text):
                 check_causal_lm(json.loads(text), self._where(refs[0]))
@@ -146,7 +148,12 @@ class FolderCheckpoints(CheckpointSource):
 
     def config(self) -> PretrainedConfig | None:
         """That of the first checkpoint."""
-        return load_config(self._path(self.refs()[0]))
+        first = self._path(self.refs()[0])
+        if not is_litgpt(first):
+            return load_config(first)
+        with suppress(CheckpointError):  # load reports it
+            return litgpt_config(first, first.name)
+        return None
 
     def other_tokenizer(self, ref: CheckpointRef) -> PreTrainedTokenizerBase | None:
         """That of the checkpoint's own folder, if it is another one."""
@@ -158,7 +165,8 @@ class FolderCheckpoints(CheckpointSource):
 
     def load(self, ref: CheckpointRef, dtype: torch.dtype = torch.float32) -> LoadedCheckpoint:
         """Read a checkpoint into memory."""
-        return load_folder(self._path(ref), ref, dtype, self._where(ref))
+        load = load_litgpt if is_litgpt(self._path(ref)) else load_folder
+        return load(self._path(ref), ref, dtype, self._where(ref))
 
 
 def _is_json(text: str) -> bool:

@@ -13,7 +13,7 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,6 +177,48 @@ def load_pretrained(
     return as_loaded(ref, model, revision)
 
 
+def read_tensors(path: Path, where: str) -> dict[str, Any]:
+    """What is in a file of torch.save, mapped from the disk: a dictionary of tensors, numbers and text; no code.
+
+    Raises:
+        CheckpointError: It is damaged, or more than that.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises errors of many types for damaged files
+        raise CheckpointError(f"{where} cannot be read ({reason(error, hide=path.parent)}).") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} cannot be read: {path.name} has no dictionary in it.")
+    return found
+
+
+def filled(
+    build: Callable[[], Any], state: Mapping[str, Any], where: str, kind: str, *, without: Sequence[str] = ()
+) -> Any:
+    """A model of transformers with its weights, every one of them.
+
+    Args:
+        build: Makes the model, without these weights.
+        state: Weights under the model's names.
+        where: What errors call the checkpoint.
+        kind: What it would be if it fitted.
+        without: Names that need not be there.
+
+    Raises:
+        CheckpointError: Names or shapes do not fit.
+    """
+    try:
+        model = build()
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # sizes do not fit
+        raise CheckpointError(f"{where} is no {kind}: {reason(error)}.") from error
+    lost = [name for name in missing if name not in without]
+    if lost or unexpected:
+        which = _some(lost or unexpected)
+        raise CheckpointError(f"{where} is no {kind}: it {'lacks' if lost else 'also has'} {which}.")
+    return model
+
+
 def as_loaded(ref: CheckpointRef, model: Any, revision: str = "") -> LoadedCheckpoint:
     """A model, made ready to be looked at and hashed."""
     model.eval()
@@ -241,10 +283,7 @@ def foreign_format(folder: Path) -> str:
     if has("pytorch_model_fsdp_*/.metadata", "*.distcp", "pytorch_model_fsdp_*/*.distcp"):
         return "Its weights are FSDP's, in parts: convert them with `accelerate merge-weights pytorch_model_fsdp_0 .`. "
     if has("lit_model.pth"):
-        return (
-            "It is a checkpoint of LitGPT: convert it with `litgpt convert_from_litgpt`, and save the weights and a "
-            f"{CONFIG} of the model beside each other. "
-        )
+        return "It is a checkpoint of LitGPT without its model_config.yaml: copy that beside the weights. "
     if has("*.pt"):
         return "For nanoGPT's .pt files there is NanoGPTCheckpoints. "
     return ""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from svf_lightning.checkpoint_names import read_name
-from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line, reason
+from svf_lightning.errors import CheckpointError, InputError, bad_value, one_line
 from svf_lightning.replay.hub import HubCheckpoints
-from svf_lightning.replay.model_files import as_loaded, has_tokenizer, load_tokenizer
+from svf_lightning.replay.model_files import as_loaded, filled, has_tokenizer, load_tokenizer, read_tensors
 from svf_lightning.replay.source import CheckpointRef, CheckpointSource, LoadedCheckpoint, check_selection, select_steps
 
 if TYPE_CHECKING:
@@ -125,20 +125,8 @@ class NanoGPTCheckpoint(CheckpointSource):
         self.refs()
         checkpoint = _read(self._files[ref])
         config: Any = _config(checkpoint, ref.name)
-        try:
-            model: Any = GPT2LMHeadModel(config)
-            missing, unexpected = model.load_state_dict(_as_gpt2(checkpoint["model"]), strict=False)
-        except (
-            AttributeError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # sizes do not fit
-            raise CheckpointError(f"{ref.name} is no GPT of nanoGPT: {reason(error)}.") from error
-        lost = [name for name in missing if name != "lm_head.weight"]
-        if lost or unexpected:
-            which = ", ".join((lost or unexpected)[:3])
-            raise CheckpointError(f"{ref.name} is no GPT of nanoGPT: {'lacks' if lost else 'also has'} {which}.")
+        state = _as_gpt2(checkpoint["model"])
+        model = filled(lambda: GPT2LMHeadModel(config), state, ref.name, "GPT of nanoGPT", without=("lm_head.weight",))
         model.tie_weights()
         return as_loaded(ref, model.to(dtype))
 
@@ -149,11 +137,8 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged, more than tensors and numbers, or none of nanoGPT's.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises errors of many types for damaged files
-        raise CheckpointError(f"{path.name} cannot be read ({reason(error, hide=path.parent)}).") from error
-    if not isinstance(found, dict) or not isinstance(found.get("model"), Mapping) or "model_args" not in found:
+    found = read_tensors(path, path.name)
+    if not isinstance(found.get("model"), Mapping) or "model_args" not in found:
         raise CheckpointError(f"{path.name} is no checkpoint of nanoGPT (it has no model and model_args).")
     return found
 

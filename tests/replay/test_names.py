@@ -130,7 +130,6 @@ def test_an_output_folder_of_the_trainer_is_a_source(suite, tmp_path):
     [
         ("global_step4/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
         ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights"),
-        ("lit_model.pth", "litgpt convert_from_litgpt"),
     ],
 )
 def test_weights_in_parts_are_refused_with_the_command_that_converts_them(suite, tmp_path, file, command):
