@@ -51,7 +51,8 @@ class CheckpointTable(RowSink):
                 table.add_column(title, justify="right", no_wrap=True)
             for k, step in enumerate(trajectory["step"].values):
                 table.add_row(f"{step:,}", *(f"{means[k]:.3f}" for means in columns.values()))
-            out.print(table)
+            if columns:
+                out.print(table)
         for step, why in Ledger(run_dir).left_out().items():
             failed = why.startswith("failed")
             out.print(Text(f"step {step:,} {why}", style="red" if failed else "yellow"))

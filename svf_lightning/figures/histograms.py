@@ -15,7 +15,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped,unused-ignore]
 from jaxtyping import Float, Int, Shaped
 from plotly.subplots import make_subplots  # type: ignore[import-untyped,unused-ignore]
 
-from svf_lightning.errors import bad_value
+from svf_lightning.errors import InputError, bad_value
 from svf_lightning.figures.figure import figure
 from svf_lightning.figures.look import BLUE, GREY, MARGIN, VERMILLION, count_of, finish
 from svf_lightning.figures.reading import mean_of_finite, read, require_heads
@@ -71,7 +71,7 @@ def prepare_fig_8(dataset: xr.Dataset, *, attending: float = 0.5) -> TopIndices:
     Raises:
         InputError: The run lacks the quantities or has no score, or ``attending`` is out of range.
     """
-    require_heads(dataset, "prompt/top_index", "prompt/attention", "contribution/mean")
+    _require(dataset, "prompt/top_index", "firings/top_index_histogram")
     n_singular = dataset.sizes["rank"]
     counts = _counts(dataset, "prompt/top_index", "firings/top_index_histogram", n_singular, attending)
     share = _shares(counts.values())
@@ -115,7 +115,7 @@ def prepare_fig_9(dataset: xr.Dataset, *, attending: float = 0.5) -> ReconCounts
     Raises:
         InputError: The run lacks the quantities or has no score, or ``attending`` is out of range.
     """
-    require_heads(dataset, "prompt/n_recon", "prompt/attention", "contribution/mean")
+    _require(dataset, "prompt/n_recon", "firings/n_recon_histogram")
     n_singular = dataset.sizes["rank"]
     counts = _counts(dataset, "prompt/n_recon", "firings/n_recon_histogram", n_singular + 1, attending)
     rotated = {_FIRINGS: _firings(dataset, "firings/n_recon_histogram_rotated")} if _FIRINGS in counts else {}
@@ -180,8 +180,23 @@ def draw_fig_9(data: ReconCounts) -> go.Figure:
     return finish(drawn, "How many singular pairs make up a score", subtitle, **_layout(data))
 
 
+def _require(dataset: xr.Dataset, name: str, of_firings: str) -> None:
+    """Check that there are scores of the task's key, or firings, as of prompts without a key."""
+    if name in dataset or of_firings not in dataset:
+        require_heads(dataset, name, "prompt/attention", "contribution/mean")
+        return
+    require_heads(dataset, of_firings)
+    if not _firings(dataset, of_firings).any():
+        raise InputError(
+            "no head attends to a key as much as Firings ask for at the last step. Fix: lower its tau, or add keys to "
+            "the prompts."
+        )
+
+
 def _counts(dataset: xr.Dataset, name: str, of_firings: str, n: int, attending: float) -> dict[str, np.ndarray]:
     """How many scores have each of the values 0..n-1 at the last step [n], by group: firings, all heads, attending."""
+    if name not in dataset:
+        return {_FIRINGS: _firings(dataset, of_firings)}
     values = read(dataset, name, *_OF_PROMPT, step=-1)
     groups = _members(dataset, name, attending)
     counts = {group: np.bincount(values[members].astype(int), minlength=n) for group, members in groups.items()}
@@ -225,7 +240,8 @@ def _median(counts: np.ndarray) -> float:
 def _places(data: TopIndices | ReconCounts) -> list[dict[str, int]]:
     """Row and column of each group's panel, from 1: firings above, the task's key below them."""
     has_firings = data.group[0] == _FIRINGS
-    of_key = [{"row": 1 + int(has_firings), "col": column} for column in (1, 2)]
+    n_of_key = len(data.group) - int(has_firings)  # 0 for prompts without a key
+    of_key = [{"row": 1 + int(has_firings), "col": 1 + column} for column in range(n_of_key)]
     return [{"row": 1, "col": 1}, *of_key] if has_firings else of_key
 
 
@@ -235,7 +251,7 @@ def _with_scores(data: TopIndices | ReconCounts) -> list[tuple[int, dict[str, in
 
 
 def _layout(data: TopIndices | ReconCounts) -> dict[str, Any]:
-    height = {"height": 700} if data.group[0] == _FIRINGS else {}
+    height = {"height": 700} if _places(data)[-1]["row"] == 2 else {}
     return {"showlegend": False, "margin": {**MARGIN, "t": 90}, **height}
 
 
@@ -254,9 +270,10 @@ def _draw_shares(
     ]
     places = _places(data)
     n_rows = places[-1]["row"]
-    room = [[{"t": 0.12 / n_rows}] * 2]  # for the headings
-    if n_rows == 2:
-        room.insert(0, [{"t": 0.06, "colspan": 2}, None])  # type: ignore[list-item]
+    has_firings = data.group[0] == _FIRINGS
+    room: list[list[Any]] = [[{"t": 0.12 / n_rows}] * 2] * (n_rows - int(has_firings))  # for the headings
+    if has_firings:
+        room.insert(0, [{"t": 0.12 / n_rows, "colspan": 2}, None])
     drawn = make_subplots(
         rows=n_rows, cols=2, horizontal_spacing=0.06, vertical_spacing=0.12, specs=room, subplot_titles=headings
     )
@@ -272,9 +289,8 @@ def _draw_shares(
             **place,
         )
     drawn.update_yaxes(tickformat=".0%")
-    if n_rows == 2:
-        drawn.update_yaxes(title_text="share of firings", row=1)
-    return drawn.update_yaxes(title_text=f"share of {_PAIRS}s", row=n_rows, col=1)
+    drawn.update_yaxes(title_text=f"share of {_PAIRS}s", row=n_rows, col=1)
+    return drawn.update_yaxes(title_text="share of firings", row=1) if has_firings else drawn
 
 
 def _says_fig_8(data: TopIndices) -> list[Sentence | None]:

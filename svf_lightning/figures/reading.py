@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DIMS = {"step", "instance", "d_model", "feature", "feature_2", "rank", "pair"}
 _HEAD_DIMS = {  # figures of a language model's heads know these as well
     "step", "layer", "head", "rank", "prompt", "draw", "task_head", "n_removed", "kind", "pair", "causal_head",
-    "n_directions", "side", "choice", "source", "template", "direction_head",
+    "n_directions", "n_recon", "side", "choice", "source", "template", "direction_head",
 }  # fmt: skip
 _DIM_FIXES = {
     "head": "train with several heads (--model.n_heads=4)",

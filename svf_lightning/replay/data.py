@@ -119,6 +119,12 @@ class ReplayData(pl.LightningDataModule):
                     f"the prompt {lonely.text!r} has its query at the first token, which sees no other key. "
                     "Allowed: a query at a later token. Fix: change the prompt, or its query."
                 )
+            if len({prompt.key < 0 for prompt in prompts}) > 1:
+                keyless = next(prompt for prompt in prompts if prompt.key < 0)
+                raise InputError(
+                    f"the prompt {shortened(repr(keyless.text))} has no key, and others have one. Allowed: a key in "
+                    "every prompt, or in none. Fix: add its key, or make two runs."
+                )
             self._prompts = sorted(prompts, key=_order)
         return self._prompts
 

@@ -286,7 +286,7 @@ class CheckpointReplay(pl.LightningModule):
             check_folded(space.bridge, some.tokens)
         observed = space.observe(some.tokens, some.query)
         logit_error = _compare_logits(ref, observed.logits, logits)
-        space.attended(observed, some.key)  # compares rebuilt scores with the model's own
+        space.attended(observed, some.any_key)  # compares rebuilt scores with the model's own
         return _Replayed(loaded, space, self._features(space, data, device), fingerprint, logit_error, start)
 
     def _check_shapes(self, ref: CheckpointRef, fingerprint: Fingerprint) -> None:
@@ -312,7 +312,7 @@ class CheckpointReplay(pl.LightningModule):
         prompts = batch.prompts
         observed = current.space.observe(prompts.tokens, prompts.query)
         difference = prompts.logit_difference(observed.logits)
-        scores = replace(current.space.attended(observed, prompts.key), logit_difference=difference.float())
+        scores = replace(current.space.attended(observed, prompts.any_key), logit_difference=difference.float())
         if scores.error is not None:
             current.score_error = max(current.score_error, float(scores.error.max()))
 
@@ -336,6 +336,8 @@ class CheckpointReplay(pl.LightningModule):
                 for windows in text.batches(context_window(current.loaded.model.config)):
                     hand_over_reads(bridge, windows, None, take, layers=layers)
 
+        if not prompts.has_keys:
+            return self._make_probe(current, None, None, None, find_firings, read_tokens, batch.part)
         return self._make_probe(current, scores, again, decompose, find_firings, read_tokens, batch.part)
 
     def give_up(self, error: CheckpointError) -> None:
@@ -369,9 +371,9 @@ class CheckpointReplay(pl.LightningModule):
     def _make_probe(
         self,
         current: _Replayed,
-        scores: AttendedScores,
-        again: PromptInterventions,
-        decompose: Decompose,
+        scores: AttendedScores | None,
+        again: PromptInterventions | None,
+        decompose: Decompose | None,
         find_firings: FindFirings,
         read_tokens: ReadTokens,
         part: tuple[int, int],
@@ -396,7 +398,7 @@ class CheckpointReplay(pl.LightningModule):
             features=current.features,
             **({} if self._pairs is None else {"pairs": self._pairs.to(self.device)}),
             scores=scores,
-            intervene=again.take_off,
+            intervene=None if again is None else again.take_off,
             interventions=again if current.space.reads_inputs else None,
             decompose=decompose,
             find_firings=find_firings,

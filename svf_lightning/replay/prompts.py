@@ -82,8 +82,7 @@ TEMPLATES = (
 
 _OWN_PROMPTS = "give prompts of your own in a .jsonl or .csv file (`read_prompts`)"
 _FIELDS = ("text", "query", "key", "correct", "wrong", "template", "counterfactual", "tokens")
-_NEEDED = ("key",)
-_NO_ANSWER = -1
+_NO_ANSWER = _NO_KEY = -1
 _WINDOWS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # names of a context window
 _THIRD_NAMES = 1  # key of their draws
 PROMPT_FILES = (".jsonl", ".csv")
@@ -98,7 +97,8 @@ class Prompt:
         text: The text as it was tokenized.
         tokens: Token ids, special tokens included.
         query: Position of the asking token, in 0..len(tokens) - 1.
-        key: Position of the attended token, in 0..query.
+        key: Position of the attended token, in 0..query; -1 for none, as where every pair of tokens is looked at that a
+            head attends to (Firings).
         correct: Id of the right next token; -1 for none, as where attention alone is measured.
         wrong: Id of the wrong next token; -1 for none.
         subjects: IOI only: positions of both mentions of S.
@@ -127,11 +127,11 @@ class Prompt:
     counterfactuals: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.key <= self.query < len(self.tokens):
+        if not min(self.key, 0) >= _NO_KEY or not self.key <= self.query < len(self.tokens):
             raise bad_value(
                 "(key, query)",
                 (self.key, self.query),
-                f"0 <= key <= query <= {len(self.tokens) - 1}",
+                f"0 <= key <= query <= {len(self.tokens) - 1}, or -1 for no key",
                 "count positions from 0, special tokens included; a causal model sees no later token",
             )
         for name, ids in self.counterfactuals:
@@ -147,7 +147,7 @@ class PromptBatch:
     Args:
         tokens: Token ids; n is the length of the batch's longest prompt.
         query: Positions of the asking tokens.
-        key: Positions of the attended tokens.
+        key: Positions of the attended tokens; -1 for none.
         correct: Ids of the right next tokens; -1 for none.
         wrong: Ids of the wrong next tokens; -1 for none.
         length: Number of tokens of each prompt; what comes after them is padding.
@@ -176,6 +176,16 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether every prompt has an attended token."""
+        return bool((self.key != _NO_KEY).all())
+
+    @property
+    def any_key(self) -> Int[Tensor, "batch"]:
+        """Positions of the attended tokens, and of the query itself for a prompt without one."""
+        return torch.where(self.key == _NO_KEY, self.query, self.key)
 
     def logit_difference(self, logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch"]:
         """Next-token logit of the right answer minus that of the wrong one; NaN for prompts without answers."""
@@ -428,7 +438,9 @@ def read_prompts(
 
     - ``text``: what the model reads, without the answer and without a space at the end; or ``tokens``, its token ids.
     - ``query``: the asking token; empty or left out for the last token of the text.
-    - ``key``: the attended token, not after the query; or a list of several, each of which counts as a prompt.
+    - ``key``: the attended token, not after the query; or a list of several, each of which counts as a prompt. Left out
+      (in every prompt of a run), nothing is said of one pair of tokens, and all pairs that a head attends to are still
+      measured (Firings, with their ``tau``).
     - ``correct``, ``wrong``: the two next words, or token ids; both may be left out, and attention alone is measured. A
       word follows a space, if it is one token then; else it follows the text as it is. One that is written with its
       space follows a space. Of an answer of several tokens the first one counts.
@@ -556,17 +568,16 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _check_fields(where: str, fields: Iterable[str]) -> None:
     fields = list(fields)
     allowed = (
-        f"{', '.join(_FIELDS)} (query, template, counterfactual may be left out; so may correct and wrong, both; "
-        "tokens stand in place of text)"
+        f"{', '.join(_FIELDS)} (query, template, counterfactual may be left out; so may correct and wrong, both, and "
+        "then key; tokens stand in place of text)"
     )
     for field in fields:
         if field not in _FIELDS or fields.count(field) > 1:
             fix = closest(field, set(_FIELDS) - set(fields)) or "delete it"
             raise bad_value(f"{where}: field", field, f"{allowed}, each once", fix)
-    missing = [field for field in _NEEDED if field not in fields]
-    if "text" not in fields and "tokens" not in fields:
-        missing.insert(0, "text")
+    missing = ["text"] if "text" not in fields and "tokens" not in fields else []
     answers = {"correct", "wrong"} & set(fields)
+    missing += ["key"] if "key" not in fields and answers else []
     missing += sorted({"correct", "wrong"} - answers) if len(answers) == 1 else []
     if missing:
         raise bad_value(f"{where}: fields", fields, allowed, f"add {', '.join(missing)}")
@@ -591,7 +602,10 @@ def _read_prompt(
     text, encoding = _text_of(where, row, tokenizer, prepend_bos)
     given = row.get("query")
     query = encoding.query if given in (None, "") else _position(f"{where}: query", given, tokenizer, encoding, text)
-    keys = row["key"] if isinstance(row["key"], list) and row["key"] else [row["key"]]
+    key = row.get("key")
+    if all(row.get(field) in (None, "") for field in ("key", "correct", "wrong")):
+        return [Prompt(text, encoding.ids, query, _NO_KEY, spans=tuple(encoding.spans))]
+    keys = key if isinstance(key, list) and key else [key]
     positions = [_position(f"{where}: key", one, tokenizer, encoding, text) for one in keys]
     for one, key in zip(keys, positions, strict=True):
         if key > query:

@@ -294,6 +294,23 @@ def test_what_names_no_heads_is_an_input_error_that_says_how(names):
         named_heads(names)
 
 
+@pytest.mark.parametrize(("name", "quantity"), [
+    ("fig_8", "firings/top_index_histogram"), ("fig_9", "firings/n_recon_histogram")
+])  # fmt: skip
+def test_firings_alone_are_drawn_where_prompts_have_no_key(name, quantity):
+    run = with_firings(synthetic())
+    keyless = run.drop_vars([v for v in run.data_vars if not str(v).startswith("firings/")])
+    with_both, alone = FIGURES[name].data(run), FIGURES[name].data(keyless)
+    assert list(alone.group) == list(with_both.group[:1])
+    assert alone.n_scores[0] == with_both.n_scores[0] == float(run[quantity][-1].sum())
+    kept = alone.share[0][: with_both.share.shape[1]]
+    np.testing.assert_allclose(kept, with_both.share[0][: len(kept)])
+    assert FIGURES[name](keyless).data
+    nothing = keyless.assign({v: keyless[v] * 0 for v in keyless.data_vars})
+    with pytest.raises(InputError, match=r"no head attends.*lower its tau"):
+        FIGURES[name](nothing)
+
+
 def test_the_table_names_steps_heads_and_singular_indices_as_the_figure_does():
     over_steps, of_one, of_toy = (
         FIGURES[name].table(run_for(name)) for name in ("fig_7b", "fig_7a", "sparsity_over_time")

@@ -413,7 +413,7 @@ def test_no_prompts_and_a_tokenizer_without_positions_are_input_errors(words):
         ioi_prompts(ByT5Tokenizer(), 1)
 
 
-@pytest.mark.parametrize(("key", "query"), [(3, 2), (-1, 2), (0, 5), (5, 5)])
+@pytest.mark.parametrize(("key", "query"), [(3, 2), (-2, 2), (-1, 5), (0, 5), (5, 5)])
 def test_a_prompt_whose_positions_do_not_fit_is_an_input_error(key, query):
     with pytest.raises(InputError, match=r"\(key, query\)=.*0 <= key <= query <= 4"):
         Prompt("a b c d e", (1, 2, 3, 4, 5), query, key, 1, 2)
@@ -604,6 +604,17 @@ def test_a_missing_field_is_an_input_error(tmp_path, words, field):
             match=rf", line {line}: fields=.*query, template, counterfactual may be left out.*Fix: add {field}\.",
         ):
             read_prompts(path, words)
+
+
+def test_prompts_without_a_key_have_none_and_no_answers(tmp_path, words):
+    for path in (write(tmp_path / "p.jsonl", {"text": TEXT}), write(tmp_path / "p.csv", {"text": TEXT, "key": ""})):
+        (prompt,) = read_prompts(path, words)
+        assert (prompt.key, prompt.query, prompt.correct, prompt.wrong) == (-1, len(prompt.tokens) - 1, -1, -1)
+    (batch,) = batches([prompt], 2)
+    assert not batch.has_keys
+    assert batch.any_key.tolist() == [prompt.query]
+    with pytest.raises(InputError, match=r"line 2: key=''"):
+        read_prompts(write(tmp_path / "p.csv", {**GOOD, "key": ""}), words)
 
 
 def test_a_position_after_the_text_is_an_input_error(tmp_path):

@@ -351,6 +351,33 @@ def test_own_prompts_come_from_a_file(suite, tmp_path):
     assert int(rows["key_position"][0]) == 1
 
 
+def test_prompts_without_a_key_have_all_pairs_of_tokens_that_a_head_attends_to_and_nothing_else(suite, tmp_path):
+    """The numbers of Firings are those of the same prompts with keys."""
+    source = FolderCheckpoints(str(suite), steps=[4, 8])
+    known = ReplayData(source, n_prompts=5).prompts
+    ids = [{"tokens": list(prompt.tokens)} for prompt in known]
+    keyed = [{**line, "key": prompt.key} for line, prompt in zip(ids, known, strict=True)]
+    rows = {}
+    for name, lines in (("keyless", ids), ("keyed", keyed)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        prompts = str(tmp_path / f"{name}.jsonl")
+        rows[name] = replay(source, tmp_path / name, prompts=prompts, callbacks=(Firings(tau=0.2),))
+    assert int(rows["keyless"]["firings/count"][-1]) > 0
+    for name in rows["keyless"].data_vars:
+        if str(name).startswith("firings/"):
+            np.testing.assert_array_equal(rows["keyless"][name], rows["keyed"][name])
+    assert "sad/sparseness" in rows["keyed"]
+    assert not any(str(name).startswith(("sad/", "prompt/")) for name in rows["keyless"].data_vars)
+    assert rows["keyless"]["key_position"].values.tolist() == [-1] * 5
+
+
+def test_prompts_with_and_without_a_key_are_no_run(suite, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"tokens": [5, 6, 7], "key": 1}\n{"tokens": [5, 6, 7]}\n')
+    data = ReplayData(FolderCheckpoints(str(suite)), prompts=str(tmp_path / "own.jsonl"))
+    with pytest.raises(InputError, match=r"has no key, and others have one.*make two runs"):
+        _ = data.prompts
+
+
 def test_proxy_features_are_embeddings_of_words_or_a_dictionary(suite, tmp_path):
     source = FolderCheckpoints(str(suite), steps=[8])
     words = [*list(dict.fromkeys(p.text.split()[-1] for p in ReplayData(source, n_prompts=4).prompts)), "the", "and"]
