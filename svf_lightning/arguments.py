@@ -71,7 +71,7 @@ def call(command: Callable[..., _T], name: str, args: Sequence[str]) -> _T:
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"python -m svf_lightning {name}", exit_on_error=False, description=_summary(command))
+    parser = ArgumentParser(prog=f"svf-lightning {name}", exit_on_error=False, description=_summary(command))
     parser.add_function_arguments(command, as_group=False, as_positional=True)
     parameters = inspect.signature(command).parameters.values()
     many = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]

@@ -1,4 +1,4 @@
-"""The commands: ``python -m svf_lightning COMMAND``; without one that is known, a line says which there are."""
+"""The commands: ``svf-lightning COMMAND``, or ``python -m svf_lightning COMMAND``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from svf_lightning import __version__
 from svf_lightning.arguments import CommandLine, call
 from svf_lightning.cli import Interrupted, RunCLI, run_command
 from svf_lightning.cli.messages import no_such_command, quiet_the_libraries
@@ -26,22 +25,8 @@ from svf_lightning.errors import CheckpointError, DivergedError, InputError, Tak
 from svf_lightning.stop import INTERRUPTED, STOP
 from svf_lightning.terminal import say
 from svf_lightning.trajectory import has_trajectory
+from svf_lightning.usage import answer
 
-_HELP = """usage: python -m svf_lightning COMMAND [options]
-
-  fit        train the toy model; with no option, the preset single_pair
-  validate   measure a checkpoint of the toy model on held-out draws
-  test       the same on other held-out draws
-  replay     measure the training checkpoints of a language model; with no option, of a small suite that it trains
-  presets    the presets of fit and replay, one line each
-  sweep      run every trial of a W&B sweep file, without the W&B cloud
-  report     one HTML page for a run directory or a sweep's directory, or for several runs side by side
-  figures    figures of a run as files (PNG, SVG, PDF), or their numbers (CSV)
-  publish    the W&B run of a run directory: of a run that was offline, interrupted, or not logged
-  workspace  a saved view of a W&B project with the panels to look at first
-
-COMMAND --help lists the options of a command; --config NAME chooses a preset or a YAML file.
-"""
 # Commands that are plain functions. Each returns what it made (the last line of the output), or that and an exit code.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "presets": presets,
@@ -62,11 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     STOP.starting = False  # everything is imported
     given = list(sys.argv[1:] if args is None else args)
-    if given == ["--version"]:
-        print(f"svf-lightning {__version__}")  # noqa: T201
-        return 0
-    if given in (["--help"], ["-h"]):
-        print(_HELP)  # noqa: T201
+    if (text := answer(given)) is not None:
+        print(text)  # noqa: T201
         return 0
     quiet_the_libraries()
     try:
@@ -105,7 +87,7 @@ def _run(given: list[str]) -> tuple[Path | str | None, int]:
         made = call(FUNCTIONS[given[0]], given[0], given[1:])
         return made if isinstance(made, tuple) else (made, 0)
     if CommandLine(given, RUN_COMMANDS).command is None:
-        raise InputError(no_such_command(given[0] if given else "none was given", [*RUN_COMMANDS, *FUNCTIONS]))
+        raise InputError(no_such_command(given[0], [*RUN_COMMANDS, *FUNCTIONS]))
     cli = run_command(given)
     _write_report(cli)
     return cli.run_dir, cli.exit_code
@@ -119,7 +101,8 @@ def _write_report(cli: RunCLI) -> None:
     if not has_trajectory(cli.run_dir):
         return
     try:
-        report(str(cli.run_dir))
+        page = report(str(cli.run_dir), open=config.open)
+        say(f"page: {page}")
     except Exception as error:
         say(
             f"report.html was not written ({one_line(error)}); "

@@ -134,7 +134,7 @@ def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
     floors = [
         [
             *("errors", "terminal", "arguments", "draws", "files", "matrix_files", "sentences", "stop"),
-            "checkpoint_names",
+            *("checkpoint_names", "preset_files"),
             *("rotary", "bridged", "heads", "metrics", "theory"),
         ],
         ["quantities", "probe"],
@@ -146,7 +146,7 @@ def test_rooms_stand_on_each_other_and_no_arrow_runs_up():
         ["sweep"],
         ["pages"],
         ["commands"],
-        ["program", "__main__"],
+        ["program", "usage", "api", "__main__"],
     ]
     floor_of = {room: i for i, rooms in enumerate(floors) for room in rooms}
     package = ROOT / "svf_lightning"

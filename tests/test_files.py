@@ -107,7 +107,7 @@ def test_yaml_says_each_name_once_in_one_document_of_a_size_that_can_be_meant(tm
 
 
 def test_the_settings_that_the_package_brings_can_be_read():
-    from svf_lightning.cli.presets import defaults_path
+    from svf_lightning.preset_files import defaults_path
 
     paths = sorted(defaults_path().parent.rglob("*.yaml"))
     assert paths

@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import RowSink, Status, quantities_of
 from svf_lightning.quantities import Quantity
 from svf_lightning.rows import Rows, scalar_variables, statistics
 from svf_lightning.run.ledger import Ledger
+from svf_lightning.run.settings import Run
 from svf_lightning.terminal import console
 from svf_lightning.trajectory import has_trajectory, open_trajectory
+
+_FEW = 5  # checkpoints that are shown where not all are
 
 
 class CheckpointTable(RowSink):
     """Prints one line per checkpoint of the run directory, whenever it was measured, and what went wrong.
 
-    The columns are the quantities that have a title for one (``Quantity.column``), as means over heads. Below it:
+    The columns are the quantities that have a title for one (``Quantity.column``), as means over heads. Of many
+    checkpoints the command line shows some, from the first to the last; with ``--verbose`` all. Below the table:
     checkpoints that no curve shows, with the reason: those that failed, and those whose weights are not what they say
     they are.
     """
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+
+    def join(self, run: Run) -> None:
+        """Take from the run how much is to be shown."""
+        self._most = None if run.verbose else _FEW
 
     def consume(self, rows: Rows) -> None:
         """Nothing: the table is of all that the directory holds."""
@@ -49,8 +61,13 @@ class CheckpointTable(RowSink):
             table = Table(title="Checkpoints", title_justify="left")
             for title in ("step", *columns):
                 table.add_column(title, justify="right", no_wrap=True)
-            for k, step in enumerate(trajectory["step"].values):
-                table.add_row(f"{step:,}", *(f"{means[k]:.3f}" for means in columns.values()))
+            steps = trajectory["step"].values
+            some = np.arange(len(steps))
+            if self._most is not None and len(steps) > self._most:
+                some = np.unique(np.linspace(0, len(steps) - 1, self._most).round().astype(int))
+                table.caption, table.caption_justify = f"{len(some)} of {len(steps)}; all: --verbose", "left"
+            for k in some:
+                table.add_row(f"{steps[k]:,}", *(f"{means[k]:.3f}" for means in columns.values()))
             if columns:
                 out.print(table)
         for step, why in Ledger(run_dir).left_out().items():

@@ -6,25 +6,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 from svf_lightning.callbacks.base import RowSink, Status, quantities_of
 from svf_lightning.rows import Rows, scalar_variables
 from svf_lightning.run.changes import changes_of, sizes_of
-from svf_lightning.run.claims import Claim, Verdict, in_words
+from svf_lightning.run.claims import Claim, Verdict
+from svf_lightning.run.closing import print_all, print_brief
 from svf_lightning.run.ledger import open_sound
 from svf_lightning.run.settings import Experiment, Run
 from svf_lightning.run.summary import Result, details, ends, summarize
-from svf_lightning.terminal import console
 from svf_lightning.trajectory import has_trajectory
-
-_STYLES = {"yes": "green", "no": "bold red", "open": "", "vacuous": "yellow"}
-_ROOM_FOR_LABELS = 96  # a terminal with this many columns has room for labels
 
 
 class RunSummary(RowSink):
-    """Writes ``summary.json`` into the run directory and prints the closing table, however the run ends.
+    """Writes ``summary.json`` into the run directory and prints what was found, however the run ends.
+
+    On the command line that is brief, and all of it with ``--verbose``; a trainer of your own prints all.
 
     Final values are those of the last captured step. ``dynamics/t_align`` and its like (training steps, see
     :func:`svf_lightning.metrics.time_of_change`) come from the trajectory, so they are right after a resume too; they
@@ -41,12 +39,14 @@ class RunSummary(RowSink):
         self.experiment = Experiment(experiment, claims=claims or [])
         self.run_dir = run_dir
         self.verdicts: list[Verdict] = []
+        self._is_brief = False
         self._last: Rows | None = None
         self._start = time.monotonic()
 
     def join(self, run: Run) -> None:
         """Take name and claims of the run's experiment; an evaluation of a checkpoint has none to judge."""
         claims = self.experiment.claims or (run.experiment.claims if run.command in ("fit", "replay") else [])
+        self._is_brief = not run.verbose
         self.experiment = replace(run.experiment, name=self.experiment.name or run.experiment.name, claims=claims)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,7 +67,8 @@ class RunSummary(RowSink):
         if at_the_end := result.changes_to_log():
             for logger in trainer.loggers:
                 logger.log_metrics(at_the_end, step=result.steps)
-        self._print(result)
+        show = print_brief if self._is_brief else print_all
+        show(self.experiment, result, self.verdicts)
 
     def _result(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> Result:
         """What the run measured at its ends, from the last rows and from the trajectory."""
@@ -97,54 +98,3 @@ class RunSummary(RowSink):
         if trainer.state.fn != "fit":
             return replace(result, steps=int(steps[-1]))
         return result.with_changes(changes_of(trajectory, quantities))
-
-    def _print(self, result: Result) -> None:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        out = console()
-        n = max((len(v) for v in result.last.values()), default=0)
-        title = f"{self.experiment.name}: {result.status} at step {result.steps:,}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("metric", no_wrap=True)
-        if out.width >= _ROOM_FOR_LABELS:
-            table.add_column("what")
-        table.add_column("unit", no_wrap=True)
-        for column in ("mean", "min", "max") if n > 1 else ("value",):
-            table.add_column(column, justify="right", no_wrap=True)
-        for name, quantity in result.shown_in_table().items():
-            shown = result.statistics(name) if len(result.last[name]) > 1 else result.last[name][:1]
-            words = [name, quantity.label, quantity.unit] if out.width >= _ROOM_FOR_LABELS else [name, quantity.unit]
-            table.add_row(*map(Text, words), *(_number(v) for v in shown))
-        out.print(table)
-        if n > 1:
-            out.print(Text(f"mean, min and max over {n} {result.over}"), style="dim")
-        for change in result.changes.values():
-            if change.is_told and not change.happened.all():
-                out.print(Text(f"{change.quantity.name}: {change.sentence().text}"), style="dim")
-        if not self.verdicts:
-            return
-        claims = Table(title="What the paper claims, and what this run measured", title_justify="left")
-        claims.add_column("claim")
-        claims.add_column("paper", no_wrap=True)
-        for column in ("measured [95 %]", "null", "needed"):
-            claims.add_column(column)
-        claims.add_column("holds", no_wrap=True)
-        for v in self.verdicts:
-            told = in_words(v.as_dict())
-            holds = Text(told.verdict, style=_STYLES[v.verdict])
-            claims.add_row(*map(Text, (v.claim, v.figure, told.measured, told.null, told.needed)), holds)
-        out.print(claims)
-        note = (
-            f"Intervals are over {result.over}, or what else the metric is of. null: the same number where the claim "
-            "must not hold; vacuous: it passes there as well, or there is nothing to judge by. The page and "
-            "summary.json have the difference from the null, n, and what decided."
-        )
-        out.print(Text(note), style="dim")
-
-
-def _number(value: float) -> str:
-    if not np.isfinite(value):
-        return "-"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 10 else f"{value:.4g}"

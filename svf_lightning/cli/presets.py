@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from yaml import MappingNode
@@ -11,6 +10,7 @@ from svf_lightning.arguments import CommandLine
 from svf_lightning.cli.messages import suggestion
 from svf_lightning.errors import InputError, reason
 from svf_lightning.files import is_file, parse_yaml
+from svf_lightning.preset_files import preset_path, presets
 from svf_lightning.run.directory import CONFIG, is_replay
 from svf_lightning.run.lineage import run_of
 
@@ -18,27 +18,11 @@ DEFAULT_PRESET = "single_pair"
 COMMANDS = ("fit", "validate", "test", "replay")
 CONFIG_FLAGS = ("--config", "-c")
 _DEFAULT_REPLAY = "tiny_suite"
-_DEFAULTS = "defaults"
 
 
 def folder_of(command: str | None) -> str:
     """Folder of the presets of a command: those of `replay` lie in the folder of that name."""
     return "replay" if command == "replay" else ""
-
-
-def preset_path(name: str, folder: str = "") -> Path:
-    """File of a preset that travels with the package."""
-    return Path(str(resources.files("svf_lightning.configs"))) / folder / f"{name}.yaml"
-
-
-def defaults_path(folder: str = "") -> Path:
-    """File of what all presets of a folder start from."""
-    return preset_path(_DEFAULTS, folder)
-
-
-def presets(folder: str = "") -> list[str]:
-    """Names of the presets that travel with the package."""
-    return sorted(path.stem for path in defaults_path(folder).parent.glob("*.yaml") if path.stem != _DEFAULTS)
 
 
 def with_preset(line: CommandLine) -> list[str]:
@@ -81,8 +65,10 @@ def with_preset(line: CommandLine) -> list[str]:
 
 
 def _config_file(given: str, folder: str) -> str:
-    """A file as it is; else the preset of that name, so that presets work from any folder."""
+    """A file as it is, that of a run directory, or the preset of that name, so that presets work from any folder."""
     path = Path(given)
+    if is_file(path / CONFIG):
+        path, given = path / CONFIG, str(path / CONFIG)
     if is_file(path):
         _check_settings(path)
         return given
@@ -91,7 +77,7 @@ def _config_file(given: str, folder: str) -> str:
         return str(preset_path(path.stem, folder))
     raise InputError(
         f"--config {given}: there is no such file. {suggestion(path.stem, known)}"
-        f"Allowed: a YAML file, or one of the presets {', '.join(known)}. Fix: check the path."
+        f"Allowed: a YAML file, a run directory, or one of the presets {', '.join(known)}. Fix: check the path."
     )
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from svf_lightning.arguments import CommandLine
 from svf_lightning.cli.naming import name_by_what_is_measured
 from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS
-from svf_lightning.cli.run import RUNS, RunCLI
-from svf_lightning.run.directory import check_free, is_replay, new_run_dir
+from svf_lightning.cli.run import RunCLI
+from svf_lightning.run.directory import RUNS, check_free, is_replay, new_run_dir
 from svf_lightning.run.ledger import Ledger
 from svf_lightning.run.lineage import Parent
 from svf_lightning.terminal import say

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from svf_lightning.arguments import CommandLine
 from svf_lightning.callbacks.base import Driver, ProbeMetric, RowSink, quantities_of
 from svf_lightning.cli.checkpoint_io import WholeCheckpointIO
 from svf_lightning.cli.messages import explain
-from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, defaults_path, folder_of, with_preset
+from svf_lightning.cli.presets import COMMANDS, CONFIG_FLAGS, folder_of, with_preset
 from svf_lightning.cli.trainer_options import AtTheStart, check_options, give_way, place_loggers
 from svf_lightning.errors import InputError, bad_value, one_line, reason
 from svf_lightning.files import write_text
+from svf_lightning.preset_files import defaults_path
 from svf_lightning.run.directory import CHECKPOINTS, CONFIG
 from svf_lightning.run.identity import metric_identity
 from svf_lightning.run.lineage import Parent
@@ -32,10 +34,12 @@ from svf_lightning.stop import STOP
 from svf_lightning.trajectory import has_trajectory
 from svf_lightning.wandb_logger import RunLogger
 
-RUNS = Path("runs")
 _PARTS = ("experiment", "capture", "trainer", "model", "data")
 # these say where a run begins and goes, and what is drawn of it
-_NOT_SETTINGS = ("config", "ckpt_path", "weights_only", "run_dir", "overwrite", "report", "remeasure")
+_NOT_SETTINGS = ("config", "ckpt_path", "weights_only", "run_dir", "overwrite", "report", "open", "remeasure")
+
+_EVALUATIONS = ("validate", "test")
+_FLAGS = ("--open", "--verbose", "--overwrite", "--report")
 
 
 class RunCLI(LightningCLI):
@@ -61,6 +65,7 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--report", type=bool, default=True, help="Write report.html into the run directory, after fit and replay."
         )
+        parser.add_argument("--open", type=bool, default=False, help="Open report.html in the browser at the end.")
         parser.add_class_arguments(Experiment, "experiment")
         parser.add_class_arguments(CaptureOptions, "capture")
 
@@ -72,8 +77,11 @@ class RunCLI(LightningCLI):
         """Build the parsers, one for each subcommand."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         self.parser_of = dict(zip(self.subcommands(), self.parsers, strict=True))
-        for name in {"validate", "test"} & self.parser_of.keys():
-            self.parser_of[name].set_defaults(verbose=False)  # the closing table has all of it
+        for name, its in self.parser_of.items():
+            if name in _EVALUATIONS:  # Lightning's own option
+                its.set_defaults(verbose=False)
+            else:
+                its.add_argument("--verbose", type=bool, default=False, help="Print every metric at the end.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in this program's words what cannot be parsed.
@@ -155,6 +163,7 @@ class RunCLI(LightningCLI):
             given.capture,
             self.config_text,
             self.parent.rows_from if self.parent is not None else 0,
+            bool(self.config[self.subcommand].get("verbose")),
         )
         self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         callbacks.insert(0, AtTheStart(self._begin_run))
@@ -167,11 +176,19 @@ class RunCLI(LightningCLI):
     def resolved(self) -> str:
         """The settings that were parsed, as YAML that repeats the run; where it goes is not a setting."""
         config = self.config[self.subcommand]
+        # of an evaluation, "verbose" has always been among them
+        left_out = _NOT_SETTINGS if self.subcommand in _EVALUATIONS else (*_NOT_SETTINGS, "verbose")
         settings = Namespace(  # type: ignore[no-untyped-call]
-            {k: v for k, v in config.items(branches=True) if k not in _NOT_SETTINGS}
+            {k: v for k, v in config.items(branches=True) if k not in left_out}
         )
         text: str = self.parser_of[str(self.subcommand)].dump(settings, skip_unset=False, skip_validation=True)
         return text
+
+    def described(self) -> dict[str, str]:
+        """The options that the command takes, with their help; not those that follow others."""
+        actions = self.parser_of[str(self.subcommand)]._actions
+        taken = [action for action in actions if any(flag.startswith("--") for flag in action.option_strings)]
+        return {action.dest: action.help or "" for action in taken}
 
     def _choose_run_dir(self, config: Namespace) -> Path:
         """Directory of this run, free or one that the run goes on in."""
@@ -231,6 +248,15 @@ class Interrupted(Exception):
         self.run_dir, self.again = run_dir, again
 
 
+def _with_flags(args: Sequence[str]) -> list[str]:
+    """The arguments, where an option that can stand alone has its value; a parser of types wants one."""
+    following = [*args[1:], ""]
+    return [
+        f"{arg}=true" if arg in _FLAGS and after.lower() not in ("true", "false") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
+
+
 def options(args: list[str]) -> dict[str, Any]:
     """What all commands have in common."""
     return {
@@ -238,7 +264,7 @@ def options(args: list[str]) -> dict[str, Any]:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "load_from_checkpoint_support": False,
-        "args": with_preset(CommandLine(args, COMMANDS)),
+        "args": with_preset(CommandLine(_with_flags(args), COMMANDS)),
     }
 
 
@@ -248,7 +274,7 @@ def parser_kwargs(cli: type[RunCLI]) -> dict[str, Any]:
     each = {
         name: {**common, "default_config_files": [str(defaults_path(folder_of(name)))]} for name in cli.subcommands()
     }
-    return {**common, "description": "The commands that run a model.", **each}
+    return {**common, "prog": "svf-lightning", "description": "The commands that run a model.", **each}
 
 
 def _root_of(error: BaseException) -> BaseException:

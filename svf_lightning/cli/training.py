@@ -16,11 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from svf_lightning.arguments import CommandLine
 from svf_lightning.callbacks import TrajectoryWriter
 from svf_lightning.cli.presets import COMMANDS, with_preset
-from svf_lightning.cli.run import RUNS, RunCLI, options, parser_kwargs
+from svf_lightning.cli.run import RunCLI, options, parser_kwargs
 from svf_lightning.errors import InputError, bad_value
 from svf_lightning.files import is_file
 from svf_lightning.run.checkpoint import has_training_state, read_checkpoint
-from svf_lightning.run.directory import CONFIG, check_free, new_run_dir, read_config
+from svf_lightning.run.directory import CONFIG, RUNS, check_free, new_run_dir, read_config
 from svf_lightning.run.identity import check_same_metrics
 from svf_lightning.run.lineage import (
     SETTINGS,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import yaml
-
-from svf_lightning.cli.presets import preset_path
-from svf_lightning.cli.presets import presets as names_of
+from svf_lightning.preset_files import presets as names_of
+from svf_lightning.preset_files import read_preset
 from svf_lightning.terminal import console
 
 
@@ -18,6 +16,6 @@ def presets() -> None:
         for column in ("name", "paper", "shows"):
             table.add_column(column, no_wrap=column != "shows")
         for name in names_of(folder):
-            about = yaml.safe_load(preset_path(name, folder).read_text(encoding="utf-8"))["experiment"]
+            about = read_preset(name, folder)["experiment"]
             table.add_row(name, about["figures"], about["shows"])
         console().print(table)

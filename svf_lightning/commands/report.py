@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svf_lightning.errors import bad_value
+from svf_lightning.run.directory import latest_run
 from svf_lightning.sweep.results import (
     RULE_METRIC,
     RULE_THRESHOLD,
@@ -23,16 +25,24 @@ if TYPE_CHECKING:
 _MOST_FAILURES = 10  # that are named at the terminal
 
 
-def report(*folders: str, out: str | None = None, metric: str = RULE_METRIC, below: float = RULE_THRESHOLD) -> Path:
+def report(
+    *folders: str,
+    out: str | None = None,
+    metric: str = RULE_METRIC,
+    below: float = RULE_THRESHOLD,
+    open: bool = False,
+) -> Path:
     """Write one self-contained HTML page: of a run, of a sweep, or of several runs side by side.
 
     A run may go on, or may have been killed.
 
     Args:
-        folders: A run directory (that of `fit` or `replay`), or the directory of a sweep; or several run directories.
+        folders: A run directory (that of `fit` or `replay`), or the directory of a sweep; or several run directories;
+            none for the latest run in the folder runs.
         out: The page; null for report.html in the folder, or comparison.html for several.
         metric: Of a sweep: metric of its table.
         below: Of a sweep: the table gives the share of trials whose metric is below this.
+        open: Open the page in the browser.
 
     Returns:
         The page.
@@ -40,8 +50,13 @@ def report(*folders: str, out: str | None = None, metric: str = RULE_METRIC, bel
     Raises:
         InputError: There is no run and no sweep in a folder.
     """
-    if not folders:
-        raise bad_value("folders", [], "a run directory, a sweep's directory, or several run directories", "name one")
+    page = _written(folders or (str(latest_run()),), out, metric, below)
+    if open:
+        webbrowser.open(page.resolve().as_uri())
+    return page
+
+
+def _written(folders: Sequence[str], out: str | None, metric: str, below: float) -> Path:
     if len(folders) > 1:
         from svf_lightning.pages.comparison import write_comparison
 

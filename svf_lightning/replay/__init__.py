@@ -1,5 +1,8 @@
 """What evaluates: checkpoints of real language models, replayed through the callbacks that measure the toy model."""
 
+import sys
+
+from svf_lightning import CallablePackage
 from svf_lightning.errors import CheckpointError
 from svf_lightning.replay.checkpoints import FolderCheckpoints, GGUFCheckpoint, ModelCheckpoints
 from svf_lightning.replay.data import ReplayData
@@ -28,3 +31,5 @@ __all__ = [
     "ioi_prompts",
     "read_prompts",
 ]
+
+sys.modules[__name__].__class__ = CallablePackage

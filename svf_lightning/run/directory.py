@@ -17,6 +17,7 @@ from svf_lightning.errors import InputError, bad_value, reason
 from svf_lightning.files import is_file, read_yaml
 from svf_lightning.trajectory import TRAJECTORY
 
+RUNS = Path("runs")  # where runs are kept: runs/<experiment>/<run id>
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -89,6 +90,23 @@ def check_free(run_dir: Path) -> None:
         raise InputError(
             f"run_dir {run_dir} cannot be written ({existing} is read-only). Fix: choose another --run_dir."
         )
+
+
+def latest_run(root: Path = RUNS) -> Path:
+    """The run of a folder of runs that began last, of those that have a row.
+
+    Raises:
+        InputError: There is none.
+    """
+    began = {
+        path.parent: path.stat().st_mtime for path in root.glob(f"*/*/{CONFIG}") if (path.parent / TRAJECTORY).is_dir()
+    }
+    if not began:
+        raise InputError(
+            f"there is no run in the folder {root}. Allowed: a run directory, or a folder with {root} in it. Fix: name "
+            "the directory that `fit` or `replay` printed as its last line."
+        )
+    return max(began, key=lambda path: began[path])
 
 
 def is_replay(run_dir: Path) -> bool:

@@ -93,6 +93,7 @@ class Run:
         capture: When its metrics look.
         settings: All its settings, resolved, YAML; checkpoints carry them.
         rows_from: Training step of the first row that its trajectory has.
+        verbose: Print all that was found at the end, and not only what the claims are about.
     """
 
     directory: Path
@@ -101,6 +102,7 @@ class Run:
     capture: CaptureOptions = CaptureOptions()
     settings: str = ""
     rows_from: int = 0
+    verbose: bool = False
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 import yaml
 
 from svf_lightning.cli import presets
-from svf_lightning.cli.presets import preset_path
+from svf_lightning.preset_files import preset_path
 
 
 def test_every_preset_has_a_line_with_its_figures_and_what_it_shows(typed):
