@@ -12,7 +12,7 @@ from svf_lightning.errors import InputError
 from svf_lightning.files import write_json
 from svf_lightning.metrics import mean_interval, share_interval
 from svf_lightning.metrics.dynamics import Sizes, alignment_by_chance
-from svf_lightning.run.claims import Claim, Evidence, crossing, in_words, judge
+from svf_lightning.run.claims import Claim, Evidence, crossing, in_words, judge, reading
 from svf_lightning.run.directory import check_free, new_run_dir
 
 METRICS = {"a": np.array([1.0, 2.0, 6.0]), "b": np.array([2.0, 2.0, 7.0]), "c": np.array([1.0, np.nan, 9.0])}
@@ -320,3 +320,23 @@ def test_a_verdict_of_an_earlier_version_has_words_as_well():
     old = {"claim": "x", "figure": "", "measured": 0.5, "holds": False, "needed": "min >= 1"}
     assert in_words(old)[:6] == ("no", "0.5", "", "", "min >= 1", "")
     assert in_words({**old, "measured": None, "holds": None})[:2] == ("open", "not measured")
+
+
+@pytest.mark.parametrize(("rule", "needed", "null", "told"), [
+    ("a/b >= 0.5 in every instance", ">= 0.5 in every instance", {"name": "chance", "value": 0.2},
+     "a/b 0.25 [0.2, 0.3]; by chance 0.2; needed: >= 0.5 in every instance; 8 of 8 instances"),
+    ("mean < start: a/b over heads", "mean < start", {"name": "start", "value": 2.0},
+     "a/b 0.25 [0.2, 0.3]; at the start 2; needed: mean < start; 8 of 8 instances"),
+    ("a/b < a/c in every instance", "< a/c in every instance", {"name": "0.5", "value": 0.5},
+     "share of units with a/b < a/c: 0.25 [0.2, 0.3]; null 0.5; needed: in every instance; 8 of 8 instances"),
+    ("mean < a/d by 0.01 or more: a/b over heads", "mean < a/d by 0.01 or more", {"name": "a/d", "value": None},
+     "a/b 0.25 [0.2, 0.3]; needed: mean < a/d by 0.01 or more; 8 of 8 instances"),
+    ("mean of a/b over models", "mean, open question", None, "a/b 0.25 [0.2, 0.3]; 8 of 8 instances"),
+])  # fmt: skip
+def test_a_reading_has_the_metric_what_it_measured_its_null_and_what_was_needed(rule, needed, null, told):
+    claim = {
+        "claim": "it does", "figure": "", "measured": 0.25, "interval": [0.2, 0.3], "verdict": "yes", "holds": True,
+        "rule": rule, "needed": needed, "null": null, "share": {"value": 0.25, "interval": None}, "n": 8,
+        "why": "8 of 8 instances",
+    }  # fmt: skip
+    assert reading(claim) == told

@@ -90,6 +90,17 @@ def test_the_example_of_reading_a_trajectory_reads_one(tmp_path, monkeypatch):
     assert np.isfinite(scope["run"]["alignment/matched"]).all()
 
 
+def test_the_example_of_the_commands_from_python_runs(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    scope = {}
+    exec(code_of(ROOT / "README.md", "svf.fit("), scope)
+    assert scope["run"].summary["steps"] == 500
+    assert opened == [(scope["run"].directory / "report.html").resolve().as_uri()]
+
+
 def test_names_that_examples_import_exist():
     for page in PAGES:
         for block in blocks(page, "python"):

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape, unescape
 from importlib import resources
@@ -24,6 +24,7 @@ from svf_lightning.files import write_text
 
 _TITLE = 56  # pixels that a figure's title and subtitle take
 _NARROW_MARGIN = 150  # pixels
+_FEWEST_LISTED = 4  # sections of a page with a list of contents
 _LONG = 200  # values of a curve
 _TEMPLATES = Environment(loader=PackageLoader(__package__), autoescape=True)
 
@@ -100,7 +101,15 @@ def largest(values: np.ndarray) -> float:
     return float(finite.max(initial=0.0)) or 1.0
 
 
-def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
+def write_page(
+    path: str | Path,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    *,
+    lead: str = "",
+    links: Mapping[str, str] | None = None,
+) -> None:
     """Write a page that opens with no network; plotly.js (about 4.5 MB) is part of it.
 
     Args:
@@ -108,6 +117,8 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
         title: Of the page.
         subtitle: One line under it.
         sections: From top to bottom.
+        lead: What was run, in a sentence or two.
+        links: Files beside the page, by what they hold.
     """
     placed: dict[str, _Placed] = {}
     shown = []
@@ -124,6 +135,9 @@ def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[S
     html = _TEMPLATES.get_template("page.html").render(
         title=title,
         subtitle=subtitle,
+        lead=lead,
+        links=links or {},
+        contents=[section.title for section in sections] if len(sections) >= _FEWEST_LISTED else [],
         sections=shown,
         style=_file("page.css"),
         plotly=Markup(get_plotlyjs()),

@@ -626,6 +626,32 @@ def in_words(claim: Mapping[str, Any]) -> Told:
     )
 
 
+def reading(claim: Mapping[str, Any]) -> str:
+    """A claim of summary.json in a line: its metric and what it measured, the null, what was needed, what decided."""
+    told, rule = in_words(claim), claim.get("rule") or ""
+    metric, null = _metric_in(rule), claim.get("null") or {}
+    relation, _, rest = told.needed.partition(" ")
+    other = rest.split(" ")[0]
+    if claim.get("share") and relation in _RELATIONS and "/" in other:  # unit by unit: the share of them is measured
+        parts, needed = [f"share of units with {metric} {relation} {other}: {told.measured}"], rest[len(other) + 1 :]
+    else:
+        parts = [f"{metric} {told.measured}".strip()]
+        needed = told.needed if set(told.needed.split()) & _RELATIONS.keys() else ""
+    if null.get("value") is not None:
+        value = f"{null['value']:.4g}"
+        name = {"chance": "by chance", "start": "at the start", value: "null"}.get(null["name"], null["name"])
+        parts.append(f"{name} {value}")
+    if needed:
+        parts.append(f"needed: {needed}")
+    return "; ".join([*parts, *([told.why] if told.why else [])])
+
+
+def _metric_in(rule: str) -> str:
+    """The metric that a rule of summary.json is about."""
+    found = re.search(r"(?:: | of |^)(\S+/\S+)(?: over |$)", rule)
+    return found[1] if found else rule.split(" ")[0]
+
+
 def _of_null(name: str, value: float | None) -> str:
     known = "not known" if value is None else f"{value:.4g}"
     return known if known == name else f"{known} ({name.rsplit('/', 1)[-1]})"

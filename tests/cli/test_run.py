@@ -38,7 +38,8 @@ def test_fit_writes_everything_into_one_run_directory_and_prints_it_last(finishe
     assert [p.name for p in command.folder.iterdir()] == ["runs"]
     names = {p.name for p in run_dir.iterdir()}
     assert names == {".lock", "checkpoints", "config.yaml", "report.html", "summary.json", "trajectory.zarr", "wandb"}
-    assert re.search(r"What the paper claims.*null.*needed.*holds", result.stdout, re.DOTALL)
+    assert re.search(r"judged claims hold.*measured +null", result.stdout, re.DOTALL)
+    assert result.stderr.splitlines()[-1] == f"page: {run_dir.relative_to(command.folder)}/report.html"
     assert "Traceback" not in result.stderr
     assert f"wandb sync runs/single_pair/{run_dir.name}/wandb/offline-run-" in result.stderr
 
@@ -216,8 +217,8 @@ def test_a_traceback_is_there_for_those_who_ask(command):
     assert "Traceback" in result.stderr
 
 
-def test_no_command_and_an_unknown_one_say_which_there_are(typed):
-    for arguments in ((), ("fat",)):
+def test_an_unknown_command_and_options_without_one_say_which_there_are(typed):
+    for arguments in (("fat",), ("--model.lambda_attn=3",)):
         result = typed(*arguments)
         assert result.returncode == 2
         assert re.search(
@@ -226,7 +227,7 @@ def test_no_command_and_an_unknown_one_say_which_there_are(typed):
 
 
 def test_help_names_every_option_with_unit_and_default(typed):
-    result = typed("fit", "--help")
+    result = typed("fit", "--help=all")
     assert result.returncode == 0
     for option in (
         "--model.lambda_attn",

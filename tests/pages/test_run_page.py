@@ -17,6 +17,8 @@ from svf_lightning.figures import FIGURES, draw_all
 from svf_lightning.metrics.dynamics import alignment_by_chance
 from svf_lightning.pages.explorer import frames
 from svf_lightning.pages.run import write_run_page
+from svf_lightning.preset_files import read_preset
+from svf_lightning.run.claims import reading
 from svf_lightning.trajectory import open_trajectory
 
 EVIL = "<img src=x onerror=document.title='broken'>"
@@ -88,11 +90,18 @@ def test_the_slider_moves_the_heat_maps_through_training(page, run_dir):
     assert values[2] == values[4] == "step 0"
 
 
+def named(page, heading):
+    """The element of the figure with a heading."""
+    (found,) = re.findall(rf'<div id="(figure-\d+)" role="img" aria-label="{re.escape(heading)}"', page.read_text())
+    return found
+
+
 @needs_browser
 def test_the_axis_of_steps_is_logarithmic_or_linear_at_the_push_of_a_button(page):
-    look = "JSON.stringify([document.getElementById('figure-0').layout.xaxis.type, [...document.querySelectorAll("
-    look += "'button[data-figure=figure-0]')].map((button) => button.getAttribute('aria-pressed'))])"
-    push = "document.querySelectorAll('button[data-figure=figure-0]')[{}].click()"
+    figure = named(page, "Over training")
+    look = f"JSON.stringify([document.getElementById('{figure}').layout.xaxis.type, [...document.querySelectorAll("
+    look += f"'button[data-figure={figure}]')].map((button) => button.getAttribute('aria-pressed'))])"
+    push = f"document.querySelectorAll('button[data-figure={figure}]')[{{}}].click()"
     values, errors = in_browser(page, look, push.format(1), look, push.format(0), look)
     assert errors == []
     first, _, second, _, third = values
@@ -122,13 +131,16 @@ def test_the_slider_follows_the_keyboard_and_says_where_it_stands(page):
 
 @needs_browser
 def test_pointing_at_a_cell_tells_its_value_and_at_a_step_those_of_all_panels(page, run_dir):
-    figure = f"figure-{list(draw_all(open_trajectory(run_dir))).index('fig_2a') - 1}"  # "further" comes last
+    figure, over = (
+        named(page, draw_all(open_trajectory(run_dir))["fig_2a"].layout.title.text),
+        named(page, "Over training"),
+    )
     values, errors = in_browser(
         page,
         f"Plotly.Fx.hover('{figure}', {{xval: 2, yval: 0}}, ['xy']); "
         f"[...document.querySelectorAll('#{figure} .hoverlayer text')].map((text) => text.textContent).join('')",
-        "Plotly.Fx.hover('figure-0', {xval: 5}, ['xy']); "
-        "[...document.querySelectorAll('#figure-0 .hoverlayer text')].map((text) => text.textContent)",
+        f"Plotly.Fx.hover('{over}', {{xval: 5}}, ['xy']); "
+        f"[...document.querySelectorAll('#{over} .hoverlayer text')].map((text) => text.textContent)",
     )
     cosine = float(open_trajectory(run_dir)["cosine_left"].isel(step=-1, instance=0, feature=0, rank=2))
     assert errors == []
@@ -247,3 +259,33 @@ def test_the_page_of_an_evaluation_repeats_the_evaluation(run_dir, tmp_path):
     with (evaluated / "config.yaml").open("a") as file:
         file.write("verbose: true\n")
     assert f"python -m svf_lightning test --config {evaluated / 'config.yaml'}" in write_run_page(evaluated).read_text()
+
+
+def test_the_first_screen_says_what_was_run_and_leads_to_every_part_and_file(page, run_dir):
+    html = page.read_text()
+    body = html[html.index("<body>") : html.index('<script type="application/json" id="figures"')]
+    shows = read_preset("single_pair")["experiment"]["shows"]
+    lead = re.search(r'<p class="lead">(.*?)</p>', body)[1]
+    assert lead.lower().startswith(shows.lower())
+    rows = open_trajectory(run_dir)
+    assert f"{rows.sizes['instance']} instances" in lead
+    assert f"steps 0 to {rows['step'].values[-1]:,}" in lead
+    anchors = re.findall(r'<a href="#(part-\d+)">(.*?)</a>', body)
+    assert anchors == re.findall(r'<h2 id="(part-\d+)">(.*?)</h2>', body)
+    assert anchors[0][1] == FIGURES["fig_3"].heading
+    assert [title for _, title in anchors].count(FIGURES["fig_3"].heading) == 1
+    files = re.findall(r'<a href="([^#"]+)">', body)
+    assert files == ["config.yaml", "summary.json"]
+    assert all((page.parent / name).is_file() for name in files)
+
+
+def test_every_claim_has_a_reading_with_its_metric_and_its_null(page, run_dir):
+    html = page.read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    text = html.replace("&lt;", "<").replace("&gt;", ">")
+    for claim in summary["claims"]:
+        told = reading(claim)
+        assert f'<td class="words">{told}</td>' in text
+        assert claim["rule"].split(" ")[0] in told or claim["rule"].split(": ")[-1].split(" over")[0] in told
+        assert f"{claim['measured']:.4g}" in told
+        assert claim["null"] is None or claim["null"]["value"] is None or f"{claim['null']['value']:.4g}" in told
