@@ -38,12 +38,14 @@ class Table:
         rows: Cells; a number is text already.
         words: Titles of columns that hold words, which are set from the left and may wrap.
         folded: If not empty, what one can click at to see the table.
+        cards: On a phone, each row is a card of its own, for rows of words.
     """
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: frozenset[str] = frozenset()
     folded: str = ""
+    cards: bool = False
 
     def kind(self, title: str) -> Markup:
         """Attribute of a column's cells."""

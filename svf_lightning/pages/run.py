@@ -232,7 +232,7 @@ def _claims(summary: Mapping[str, Any]) -> list[Table]:
         numbers.append([told.verdict, claim["claim"], measured, told.null, effect, told.needed, told.why])
     every = ["verdict", "claim", "measured [95 %]", "null", "difference [95 %]", "needed", "what decided"]
     return [
-        Table(titles, read, frozenset(titles)),
+        Table(titles, read, frozenset(titles), cards=True),
         Table(every, numbers, frozenset(every), folded="all numbers of the claims, with intervals"),
     ]
 
