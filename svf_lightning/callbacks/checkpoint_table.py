@@ -16,7 +16,7 @@ from svf_lightning.run.settings import Run
 from svf_lightning.terminal import console
 from svf_lightning.trajectory import has_trajectory, open_trajectory
 
-_FEW = 5  # checkpoints that are shown where not all are
+_FEW = 4  # checkpoints that are shown where not all are
 
 
 class CheckpointTable(RowSink):
@@ -65,6 +65,7 @@ class CheckpointTable(RowSink):
             some = np.arange(len(steps))
             if self._most is not None and len(steps) > self._most:
                 some = np.unique(np.linspace(0, len(steps) - 1, self._most).round().astype(int))
+                table.box = None
                 table.caption, table.caption_justify = f"{len(some)} of {len(steps)}; all: --verbose", "left"
             for k in some:
                 table.add_row(f"{steps[k]:,}", *(f"{means[k]:.3f}" for means in columns.values()))

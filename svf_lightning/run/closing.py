@@ -22,7 +22,7 @@ _ROOM_FOR_LABELS = 96  # a terminal with this many columns has room for labels
 _WIDTH = 80  # columns of what is brief
 # lines of what is brief, so that with all else there are less than 40
 _CLAIM_LINES = 23
-_METRICS = 6
+_METRICS, _FEWEST_METRICS, _USUAL_CLAIMS = 6, 3, 13
 
 
 def print_brief(experiment: Experiment, result: Result, verdicts: Sequence[Verdict]) -> None:
@@ -33,7 +33,7 @@ def print_brief(experiment: Experiment, result: Result, verdicts: Sequence[Verdi
     n = max((len(values) for values in result.last.values()), default=0)
     seconds = f", {result.seconds:,.0f} s" if result.seconds >= 1 else ""
     out.print(Text(f"\n{experiment.name}: {result.status} at step {result.steps:,}{seconds}", style="bold"))
-    chosen = _that_matter(experiment, result, _METRICS if verdicts else _CLAIM_LINES)
+    chosen = _that_matter(experiment, result, _most_metrics(len(verdicts)))
     if chosen:
         several = n > 1
         heads = ("mean", "min", "max") if several else ("value",)
@@ -44,7 +44,7 @@ def print_brief(experiment: Experiment, result: Result, verdicts: Sequence[Verdi
             values = result.statistics(name) if len(result.last[name]) > 1 else tuple(result.last[name][:1])
             cells = "".join(f"{_number(value):>10}" for value in values)
             unit = result.quantity(name).unit
-            out.print(Text(f"{name:{width}}{cells}  {unit}".rstrip()), soft_wrap=True)
+            out.print(Text(f"{name:{width}}{cells:{10 * len(heads)}}  {unit}".rstrip()), soft_wrap=True)
     if verdicts:
         out.print(Text(f"\n{_counted(verdicts)}", style="bold"))
         for line in _claims_in_lines(verdicts):
@@ -55,6 +55,11 @@ def print_brief(experiment: Experiment, result: Result, verdicts: Sequence[Verdi
         out.print(Text(f"{more} decided: --verbose, the page, summary.json", style="dim"))
     elif n_more > 0:
         out.print(Text(f"{n_more} more metrics: --verbose, the page, summary.json", style="dim"))
+
+
+def _most_metrics(n_claims: int) -> int:
+    """How many metrics there is room for beside claims."""
+    return max(_FEWEST_METRICS, _METRICS - max(0, n_claims - _USUAL_CLAIMS)) if n_claims else _CLAIM_LINES
 
 
 def _that_matter(experiment: Experiment, result: Result, most: int) -> list[str]:

@@ -9,6 +9,7 @@ from svf_lightning.callbacks import AttentionSparsity, CheckpointTable, ProbeMet
 from svf_lightning.replay import FolderCheckpoints
 from svf_lightning.rows import Rows
 from svf_lightning.run.ledger import Entry, Ledger
+from svf_lightning.run.settings import Experiment, Run
 from svf_lightning.trajectory import TrajectoryStore
 
 
@@ -74,3 +75,18 @@ def test_a_directory_without_a_row_has_no_table_but_its_failures(tmp_path, capsy
     Ledger(tmp_path).record(Entry(3, "step3", "failed", error="gone"))
     CheckpointTable().show(tmp_path, {})
     assert capsys.readouterr().out == "step 3 failed: gone\n"
+
+
+def test_on_the_command_line_some_of_many_checkpoints_are_shown_and_all_of_few(tmp_path, capsys):
+    steps = list(range(0, 130, 10))
+    write(tmp_path, steps, [str(step) for step in steps], own__number=np.linspace(0, 1, 13))
+    known = {"own/number": Quantity("own/number", column="mine")}
+    table = CheckpointTable()
+    table.join(Run(tmp_path, "replay", Experiment()))
+    table.show(tmp_path, known)
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[2:6]] == ["0", "40", "80", "120"]
+    assert "4 of 13; all: --verbose" in shown
+    table.join(Run(tmp_path, "replay", Experiment(), verbose=True))
+    table.show(tmp_path, known)
+    assert len(table_of(capsys.readouterr().out)) == 14
