@@ -66,11 +66,12 @@ class CheckpointTable(RowSink):
             if self._most is not None and len(steps) > self._most:
                 some = np.unique(np.linspace(0, len(steps) - 1, self._most).round().astype(int))
                 table.box = None
-                table.caption, table.caption_justify = f"{len(some)} of {len(steps)}; all: --verbose", "left"
             for k in some:
                 table.add_row(f"{steps[k]:,}", *(f"{means[k]:.3f}" for means in columns.values()))
             if columns:
                 out.print(table)
+            if columns and len(some) < len(steps):
+                out.print(Text(f"{len(some)} of {len(steps)}; all: --verbose", style="dim"))
         for step, why in Ledger(run_dir).left_out().items():
             failed = why.startswith("failed")
             out.print(Text(f"step {step:,} {why}", style="red" if failed else "yellow"))
