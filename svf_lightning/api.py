@@ -14,6 +14,7 @@ import yaml
 
 from svf_lightning.arguments import dotted
 from svf_lightning.cli import RunCLI, run_command
+from svf_lightning.cli.commands import parsed
 from svf_lightning.cli.messages import quiet_the_libraries
 from svf_lightning.commands.report import report
 from svf_lightning.errors import InputError, bad_value
@@ -97,7 +98,7 @@ class Run:
 
 
 def fit(config: str | Path = "single_pair", **settings: Any) -> Run:
-    """Train the toy model, as ``svf-lightning fit --config CONFIG`` does.
+    """Train the toy model, as ``svf-lightning fit --config CONFIG`` does; ``Run.page`` writes its page.
 
     Args:
         config: A preset, a YAML file or a run directory whose settings are to be taken.
@@ -150,8 +151,6 @@ def _written(value: Any) -> str:
 
 def _settings_of(args: list[str]) -> list[str]:
     """Names of the settings of a command."""
-    from svf_lightning.cli.commands import parsed
-
     cli: RunCLI = parsed(args)
     known = dotted(cli.config[str(cli.subcommand)].as_dict())
     options = cli.described()

@@ -42,7 +42,7 @@ def explain(message: str, command: str, known: Sequence[str], files: Sequence[st
         known: Its options.
         files: The configuration files that it reads.
     """
-    see = f"`python -m svf_lightning {command} --help` lists them"
+    see = f"`python -m svf_lightning {command} --help=all` lists them"
     fix = f"Allowed: the options of {command}; {see}. Fix: correct the name."
     where = " or ".join(files)
     if match := re.match(r"unrecognized arguments: --(\S+)", message):
@@ -53,7 +53,7 @@ def explain(message: str, command: str, known: Sequence[str], files: Sequence[st
         return f"unknown key {name} in {where}. {suggestion(name, known)}{fix}"
     if match := re.match(r'Parser key "([^"]+)": (.*)', message):
         name, reason = match[1], _short(_of_types(match[2]))
-        return f"{name} is not usable: {reason}. Fix: change --{name}; `{command} --help` describes it."
+        return f"{name} is not usable: {reason}. Fix: change --{name}; `{command} --help=all` describes it."
     if match := re.match(r"(.*?) full_key: (\S+) object_type=", message):  # OmegaConf's
         reason, name = re.sub(r".* while resolving interpolation: ", "", match[1]), match[2].removeprefix(f"{command}.")
         return (

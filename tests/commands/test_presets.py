@@ -16,6 +16,8 @@ def test_every_preset_has_a_line_with_its_figures_and_what_it_shows(typed):
             assert about["shows"] in lines[name]
             assert about["figures"] in lines[name]
     assert len(presets()) == 19
+    settings = yaml.safe_load(preset_path("robust_seed").read_text())
+    assert f"{settings['trainer']['max_steps']:,} steps x {settings['model']['n_instances']}" in lines["robust_seed"]
 
 
 def test_a_narrow_terminal_shows_the_names_whole(typed):
