@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from svf_lightning.quantities import Quantity
 from svf_lightning.run.claims import Verdict, in_words
 from svf_lightning.run.settings import Experiment
 from svf_lightning.run.summary import Result
@@ -26,7 +27,7 @@ _METRICS, _FEWEST_METRICS, _USUAL_CLAIMS = 6, 3, 13
 
 
 def print_brief(experiment: Experiment, result: Result, verdicts: Sequence[Verdict]) -> None:
-    """The metrics that the claims are about, and each claim on a line."""
+    """The metrics that the claims are about, those of a user's own, and each claim on a line or two."""
     from rich.text import Text
 
     out = console()
@@ -63,11 +64,19 @@ def _most_metrics(n_claims: int) -> int:
 
 
 def _that_matter(experiment: Experiment, result: Result, most: int) -> list[str]:
-    """The metrics that claims are about, in the order of the table; without claims, its first ones."""
+    """The metrics of a user's own, and those that claims are about; without claims, the first of the table."""
     shown = result.shown_in_table()
+    own = [name for name, quantity in shown.items() if _is_own(quantity)]
     about = {claim.metric for claim in experiment.claims}
     of_claims = [name for name in shown if name in about or name == "loss/total"]
-    return (of_claims if about & shown.keys() else list(shown))[:most]
+    chosen = dict.fromkeys([*own, *(of_claims if about & shown.keys() else shown)])
+    kept = set(list(chosen)[:most])
+    return [name for name in shown if name in kept]
+
+
+def _is_own(quantity: Quantity) -> bool:
+    """Whether another package measures a quantity than this one."""
+    return "." in quantity.provider and not quantity.provider.startswith("svf_lightning.")
 
 
 def _counted(verdicts: Sequence[Verdict]) -> str:
