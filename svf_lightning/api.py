@@ -111,6 +111,7 @@ def fit(config: str | Path = "single_pair", **settings: Any) -> Run:
     Raises:
         InputError: A setting that there is not, or that is none of one alone.
         DivergedError: Every instance diverged.
+        Interrupted: Ctrl-C ended the run; its directory is whole.
     """
     return _run("fit", config, settings)
 
@@ -128,6 +129,7 @@ def replay(config: str | Path = "tiny_suite", **settings: Any) -> Run:
     Raises:
         InputError: A setting that there is not, or that is none of one alone.
         CheckpointError: No checkpoint could be replayed.
+        Interrupted: Ctrl-C ended the run; its directory is whole.
     """
     return _run("replay", config, settings)
 

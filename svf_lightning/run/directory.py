@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
@@ -93,20 +94,23 @@ def check_free(run_dir: Path) -> None:
 
 
 def latest_run(root: Path = RUNS) -> Path:
-    """The run of a folder of runs that began last, of those that have a row.
+    """The training or replay of a folder of runs that began last, of those that have a row.
 
     Raises:
         InputError: There is none.
+        DamagedError: The settings of the latest one cannot be read.
     """
-    began = {
-        path.parent: path.stat().st_mtime for path in root.glob(f"*/*/{CONFIG}") if (path.parent / TRAJECTORY).is_dir()
-    }
-    if not began:
-        raise InputError(
-            f"there is no run in the folder {root}. Allowed: a run directory, or a folder with {root} in it. Fix: name "
-            "the directory that `fit` or `replay` printed as its last line."
-        )
-    return max(began, key=lambda path: began[path])
+    began: dict[Path, float] = {}
+    for path in root.glob(f"*/*/{CONFIG}"):
+        with suppress(OSError):  # it was removed meanwhile
+            began[path.parent] = path.stat().st_mtime
+    for run_dir in sorted(began, key=lambda path: began[path], reverse=True):
+        if (run_dir / TRAJECTORY).is_dir() and command_of(run_dir, read_config(run_dir)) in ("fit", "replay"):
+            return run_dir
+    raise InputError(
+        f"there is no run in the folder {root}. Allowed: a run directory, or a folder with {root} in it. Fix: name "
+        "the directory that `fit` or `replay` printed as its last line."
+    )
 
 
 def is_replay(run_dir: Path) -> bool:

@@ -86,6 +86,9 @@ def test_a_run_directory_stands_for_its_settings_and_the_last_run_needs_no_name(
     assert now["trainer"]["max_steps"] == 12
     assert now["data"] == was["data"]
     (second / "report.html").unlink()
+    assert (
+        forked("test", "--ckpt_path", str(second), "--trainer.logger=false").returncode == 0
+    )  # no training of its own
     result = forked("report")
     assert result.stdout.strip() == f"{second.relative_to(forked.folder)}/report.html"
     assert (second / "report.html").is_file()
